@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
+import ipaddress
 import re
 import socket
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -32,15 +32,13 @@ class Guard:
     """Decides before routing, sets the headers, and drops parameters that are empty or the token's."""
 
     def __init__(self, app: ASGIApp, host: str, token: str | None) -> None:
-        """Of a server that listens on `host`; on all addresses, it goes by the names that this machine knows of itself.
-        Without a token, whoever can reach it is answered."""
+        """Of a server that listens on `host`; on all addresses, it goes by the names that this machine knows of itself
+        and by any number: a machine seldom knows under which others reach it. Without a token, whoever can reach it is
+        answered."""
         self._app, self._token = app, token
-        self._names = {host.lower()}
-        if host in ("0.0.0.0", "::", ""):
-            own = socket.gethostname()
-            self._names |= {own.lower(), socket.getfqdn().lower()}
-            with contextlib.suppress(OSError):
-                self._names |= {str(address[4][0]).lower() for address in socket.getaddrinfo(own, None)}
+        self._names, self._everywhere = {host.lower()}, host in ("0.0.0.0", "::", "")
+        if self._everywhere:
+            self._names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,9 +61,10 @@ class Guard:
             return refused(405, "everything here is read with GET", {"Allow": "GET"})
         header = request.headers.get("host", "")
         name = host_name(header)
-        if not is_loopback(name) and name.lower() not in self._names:
-            # A browser would let in a web page whose name was made to point here.
-            return refused(403, f"this server does not go by the name {header[:60]!r}")
+        if not (is_loopback(name) or name.lower() in self._names or (self._everywhere and _is_number(name))):
+            # A browser would let in a web page whose name was made to point here. A number points where it says.
+            known = " or ".join(sorted(self._names - {"0.0.0.0", "::", ""}))
+            return refused(403, f"this server does not go by the name {header[:60]!r}: use {known}, or its number")
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != header:
             return refused(403, "another page may not read this one's answers (Origin)")
@@ -105,3 +104,12 @@ def page_policy(page: str, connect: str = "'self'") -> str:
     allowed = [f"{tag}-src " + (" ".join(own) or "'none'") for tag, own in digests.items()]
     more = ["img-src data:", f"connect-src {connect}", "base-uri 'none'", "form-action 'none'"]
     return "; ".join(["default-src 'none'", *allowed, *more])
+
+
+def _is_number(name: str) -> bool:
+    """An address of the Internet Protocol, as `host_name` gives it."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -33,6 +33,7 @@ PLACEHOLDER = """<!doctype html><title>rlkit view</title><p>This installation ha
 Questions are answered: <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>."""
 FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
 """Takes the token out of the address once the cookie has it. A redirect from a link elsewhere would lack the cookie."""
+PORTS = 65536
 LOOK_SECONDS = 1.0
 """Between two looks at the files of the runs."""
 HEARTBEAT_SECONDS = 15.0
@@ -132,8 +133,13 @@ def _event(run: Run) -> Event:
 @contextlib.contextmanager
 def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
     """A socket on the first free port from `port` on; raises UserError if there is none."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    for candidate in range(port, port + tries):
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"--host {host}: there is no such host: {error.strerror}") from error
+    if not 0 <= port < PORTS:
+        raise UserError(f"--port {port}: ports are 1 to {PORTS - 1}, 0 for any that is free")
+    for candidate in range(port, min(port + tries, PORTS)):
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -70,7 +70,8 @@ class Run:
 
     def stamp(self) -> list[object]:
         """Changes whenever the run grows, is cut, or ends."""
-        return [file_state(self.path / n) for n in ("metrics.jsonl", "samples.jsonl", "summary.json", "rescored")]
+        files = [self.path / name for name in ("metrics.jsonl", "samples.jsonl", "summary.json")]
+        return [file_state(file) for file in (*files, *sorted(self.path.glob("rescored/*.jsonl")))]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class Runs:
             if not _runs_in(folder):
                 there = "it has none of these, nor has a folder in it" if folder.is_dir() else "there is no such folder"
                 raise UserError(
-                    f"no run in {folder}: a run folder has config.yaml, metrics.jsonl or samples.jsonl; {there}"
+                    f"no run in {folder}: a run folder has metrics.jsonl, samples.jsonl or results.json; {there}"
                 )
 
     def all(self) -> list[Run]:
@@ -229,7 +230,8 @@ class Runs:
             self._runs = {path: run for path, run in self._runs.items() if path.is_dir()}
             for path in (path for folder in self._folders for path in _runs_in(folder)):
                 if path not in self._runs:
-                    name, taken = path.name or "run", {run.id for run in self._runs.values()}
+                    # A comma stands between runs in addresses.
+                    name, taken = path.name.replace(",", ";") or "run", {run.id for run in self._runs.values()}
                     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
                     self._runs[path] = Run(next(free for free in names if free not in taken), path)
             return list(self._runs.values())

@@ -15,6 +15,8 @@ from rlkit.view.samples import summaries
 
 ADDED_UP = 1e-3
 """Relative: rewards are rounded in no run, components neither."""
+ADDING = ("sum", "mean")
+"""Rules under which a reward is the sum of what its parts bring."""
 
 
 class SampleAsked(schema.AboutRun):
@@ -136,12 +138,11 @@ def account(
     A part of a sum brings weight x value, of a mean divided by the sum of the weights; a shaped part counts as shaped.
     """
     weights = part_weights(options)
-    rule = options.get("combine", "sum")
-    rule = str(rule.get("kind", "sum") if isinstance(rule, Mapping) else rule)
+    rule = rule_of(options)
     counted = {name: components.get(f"{name}/shaped", components.get(name)) for name in weights}
     valued = {name: value for name, value in counted.items() if value is not None}
     whole = sum(weights[name] for name in valued) if rule == "mean" else 1.0
-    adds_up = rule in ("sum", "mean") and whole != 0
+    adds_up = rule in ADDING and whole != 0
     brought = {name: weights[name] * value / whole for name, value in valued.items() if adds_up}
     parts = [
         schema.Part(name=name, value=components.get(name), weight=weights.get(name), contribution=brought.get(name))
@@ -152,9 +153,15 @@ def account(
     )
 
 
+def rule_of(options: Mapping[str, Any]) -> str:
+    """How the parts of the section `reward` are combined."""
+    rule = options.get("combine", "sum")
+    return str(rule.get("kind", "sum") if isinstance(rule, Mapping) else rule)
+
+
 def _account_note(components: Mapping[str, float | None], reward: float | None, rule: str, total: float) -> str:
     target = components.get("unshaped", reward)
-    if rule not in ("sum", "mean"):
+    if rule not in ADDING:
         return f"combined by {rule}: the parts do not add up"
     if reward is None or target is None:
         return "the sample has no reward"

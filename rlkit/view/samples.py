@@ -34,6 +34,8 @@ class Restricted(schema.AboutRun):
     """Included."""
     filter: str = ""
     """An expression of rlkit/view/filter.py."""
+    within: str = ""
+    """Another one, which must hold, too: what a person typed stays apart, so that an error points into it."""
     q: str = ""
     """Words and "phrases" that prompt or response must have."""
     group: str = ""
@@ -158,11 +160,14 @@ class DistributionAsked(schema.AboutRun):
 
 
 def distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResult:
-    """A histogram of each step, all with the same edges; of training samples. `entropy`: of tokens, where recorded."""
+    """A histogram of each step, all with the same edges; of training samples, or of an evaluation's. `entropy`: of
+    tokens, where recorded."""
     if asked.key == "entropy":
         steps, values = tokens.recorded(run.path, "entropy")
     else:
-        steps, values = columns(run, ["step", asked.key], Restricted(run=asked.run, filter='kind = "training"'))
+        trained = run.index.all("SELECT 1 FROM rows WHERE kind = 'training' LIMIT 1")
+        chosen = Restricted(run=asked.run, filter='kind = "training"' if trained else "")
+        steps, values = columns(run, ["step", asked.key], chosen)
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
     if not len(values):
@@ -189,8 +194,7 @@ def _where(run: Run, asked: Restricted) -> Sql:
     equal: dict[str, int | str | None] = {"step =": asked.step, "step >=": asked.from_step, "step <=": asked.to_step}
     equal |= {"group_id =": asked.group or None, "prompt_id =": asked.prompt_id or None}
     conditions = [Sql(f"rows.{name} ?", (value,)) for name, value in equal.items() if value is not None]
-    if asked.filter.strip():
-        conditions.append(compile_filter(asked.filter, run.index.names()))
+    conditions += [compile_filter(text, run.index.names()) for text in (asked.filter, asked.within) if text.strip()]
     if words := _search(asked.q):
         conditions.append(Sql("rows.id IN (SELECT rowid FROM texts WHERE texts MATCH ?)", (words,)))
     text = " AND ".join(one.text for one in conditions) or "1"

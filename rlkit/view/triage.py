@@ -13,7 +13,7 @@ from rlkit.view import schema, tokens, trends
 from rlkit.view.index import SEARCHED
 from rlkit.view.rows import said
 from rlkit.view.runs import Run
-from rlkit.view.sample import part_weights
+from rlkit.view.sample import ADDING, part_weights, rule_of
 from rlkit.view.samples import Restricted, columns, summaries
 
 TOP = 0.95
@@ -49,8 +49,8 @@ class Samples:
 
     @cached_property
     def top(self) -> np.ndarray:
-        """[N] whether a sample is among the best-rewarded."""
-        return self.reward >= np.quantile(self.reward, TOP)
+        """[N] whether a sample is among the best-rewarded; where most have the least reward, these are not."""
+        return (self.reward >= np.quantile(self.reward, TOP)) & (self.reward > self.reward.min())
 
     @cached_property
     def late(self) -> np.ndarray:
@@ -163,7 +163,10 @@ def _rewarded_wrong(run: Run, data: Samples) -> Found:
 
 
 def _one_component(run: Run, data: Samples) -> Found:
-    weights = {name: w for name, w in part_weights(run.option("reward", {}) or {}).items() if w}
+    options = run.option("reward", {}) or {}
+    if (rule := rule_of(options)) not in ADDING:
+        return f"the parts are combined by {rule}: they do not add up"
+    weights = {name: w for name, w in part_weights(options).items() if w}
     shown = {name: f"{name}/shaped" if f"{name}/shaped" in data.components else name for name in weights}
     parts = {name: weights[name] * data.components[own] for name, own in shown.items() if own in data.components}
     if len(parts) < 2:

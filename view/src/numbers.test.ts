@@ -44,11 +44,10 @@ describe("place in a range", () => {
   });
 });
 
-test("conditions join the filter of a person, which may have an `or`", () => {
-  expect(conditions({ reward: { low: 0, high: 1 }, length: null }, "a = 1 or b = 2")).toBe(
-    "reward >= 0 and reward < 1 and (a = 1 or b = 2)",
-  );
-  expect(conditions({ reward: null }, " a = 1 ")).toBe(" a = 1 ");
+test("intervals are conditions", () => {
+  const intervals = { reward: { low: 0, high: 1 }, length: { low: 5, high: 9 } };
+  expect(conditions(intervals)).toBe("reward >= 0 and reward < 1 and length >= 5 and length < 9");
+  expect(conditions({ reward: null })).toBe("");
 });
 
 test("intervals of the address", () => {

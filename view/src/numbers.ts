@@ -61,12 +61,11 @@ export interface Interval {
   high: number;
 }
 
-/** `in-reward=0.2..0.4` in the address is a condition of the filter that the server understands. */
-export function conditions(intervals: Record<string, Interval | null>, filter: string): string {
+/** `in-reward=0.2..0.4` in the address is a condition that the server understands. */
+export function conditions(intervals: Record<string, Interval | null>): string {
   const parts = Object.entries(intervals).flatMap(([key, interval]) =>
     interval ? [`${key} >= ${interval.low}`, `${key} < ${interval.high}`] : [],
   );
-  if (filter.trim()) parts.push(parts.length ? `(${filter})` : filter);
   return parts.join(" and ");
 }
 

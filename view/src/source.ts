@@ -66,7 +66,7 @@ export function embedded(report: { results: Record<string, unknown> }): Source {
     async get<T>(route: string, query: Query) {
       const result = results.get(address(route, query)) ?? part(route, query);
       if (result !== undefined) return result as T;
-      if (query.filter || query.q) throw new Error("Filters and full text search are not in this report; `python -m rlkit.view` has them.");
+      if (query.filter || query.within || query.q) throw new Error("Filters and full text search are not in this report; `python -m rlkit.view` has them.");
       throw new Error("This is not in this report; `python -m rlkit.view` shows the whole run.");
     },
     follow: () => () => {},
@@ -85,7 +85,7 @@ function metricsOf(all: Metrics | undefined, query: Query): Metrics | undefined 
 }
 
 function samplesOf(all: Samples | undefined, query: Query): Samples | undefined {
-  if (!all || query.filter || query.q) return undefined;
+  if (!all || query.filter || query.within || query.q) return undefined;
   const equal = (name: string, value: unknown) => !given(query[name]) || String(query[name]) === String(value);
   const [first, last] = [Number(query.from_step || 0), Number(query.to_step || Infinity)];
   const rows = all.rows.filter(

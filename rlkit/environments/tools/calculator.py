@@ -27,12 +27,20 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 _MATHEMATICS = (
     "sqrt exp log log2 log10 sin cos tan asin acos atan floor ceil degrees radians gcd lcm comb factorial hypot"
 )
+
+
+def _rounded(number: Number, digits: int | None = None) -> Number:
+    if digits is not None and abs(digits) > LARGEST_BITS:  # Python works out 10 to the power of it
+        raise ValueError("an argument of round is too large")
+    return round(number, digits)
+
+
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(math, name) for name in _MATHEMATICS.split()},
     "abs": abs,
     "min": min,
     "max": max,
-    "round": round,
+    "round": _rounded,
 }
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _LARGEST_ARGUMENT = {"factorial": 1000, "comb": 1000, "lcm": 10**100}

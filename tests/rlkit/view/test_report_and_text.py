@@ -109,8 +109,15 @@ def test_the_terminal_shows_state_lights_and_suspicions(folder: Path, tmp_path: 
 
 def test_wrong_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert view([str(tmp_path)]) == 1
-    assert "a run folder has config.yaml, metrics.jsonl or samples.jsonl" in capsys.readouterr().err
+    assert "a run folder has metrics.jsonl, samples.jsonl or results.json" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").touch()
+    for words, said in {
+        ("--port", "70000"): "--port 70000: ports are 1 to 65535",
+        ("--host", "no-such-host.invalid"): "--host no-such-host.invalid: there is no such host",
+    }.items():
+        monkeypatch.setenv("RLKIT_VIEW_TOKEN", "a-token-of-24-characters")
+        assert view([str(tmp_path), *words]) == 1
+        assert said in capsys.readouterr().err
     monkeypatch.setenv("RLKIT_VIEW_TOKEN", "short")
     assert view([str(tmp_path)]) == 1
     assert "at least 16 ASCII characters" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from synthetic_run import BOILERPLATE
 
 from rlkit.experience.statistics import Z, student_t
@@ -22,7 +24,7 @@ from rlkit.view.trends import (
     together,
     within_groups,
 )
-from rlkit.view.triage import triage
+from rlkit.view.triage import Samples, triage
 
 
 def test_slope_has_the_textbooks_interval() -> None:
@@ -166,6 +168,24 @@ def test_a_run_that_fools_its_reward(folder: Path) -> None:
     assert with_samples <= {"rewarded_wrong", "phrases", "ensemble"}  # of slopes and correlations a number is the sign
     assert not any(own.rows for own in result.findings if own.level == "note")
     assert all("score" in found[name].text for name in with_samples)
+
+
+def test_few_rewards_above_the_least_are_the_best_rewarded() -> None:
+    reward = np.repeat([0.0, 1.0], [98, 2])
+    rest = [np.zeros(100)] * 5
+    assert Samples(rest[0], rest[1], reward, *rest[2:], group=np.arange(100), components={}).top.sum() == 2
+    assert not Samples(rest[0], rest[1], np.ones(100), *rest[2:], group=np.arange(100), components={}).top.any()
+
+
+def test_parts_that_do_not_add_up_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "main", tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    written = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**written, "reward": {**written["reward"], "combine": {"kind": "product"}}}))
+    (run,) = Runs([tmp_path]).all()
+    run.index.follow()
+    missing = {missing.id: missing.why for missing in triage(run).missing}
+    assert missing["one part of the reward alone decides"] == "the parts are combined by product: they do not add up"
 
 
 def test_a_run_without_verdicts_says_what_it_lacks(folder: Path) -> None:

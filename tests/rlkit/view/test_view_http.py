@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,6 +303,50 @@ def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(folder: Path) -> None
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie
         assert token not in opened.text and "url=/" in opened.text
         assert client.get("/api/runs").status_code == client.get("/").status_code == 200
+
+
+def test_on_all_addresses_it_goes_by_any_number(folder: Path) -> None:
+    """A name may have been made to point here; a number points where it says."""
+    token = "a-token-of-24-characters"
+    with serving(Runs([folder / "first"]), host="0.0.0.0", token=token) as client:
+        hosts = {"192.168.1.5:7007": 200, "[fd00::5]:7007": 200, socket.gethostname(): 200, "evil.example": 403}
+        for host, status in hosts.items():
+            reply = client.get("/api/runs", params={"token": token}, headers={"host": host})
+            assert reply.status_code == status, host
+        assert reply.json()["error"].endswith("or its number")
+    with serving(Runs([folder / "first"]), host="viewer.example", token=token) as client:
+        assert client.get("/api/runs", headers={"host": "192.168.1.5"}, params={"token": token}).status_code == 403
+
+
+def test_a_comma_in_the_name_of_a_folder_parts_no_runs(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "older", tmp_path / "lr=0.1,seed=2")
+    with serving(Runs([tmp_path])) as client:
+        (run,) = get(client, "/api/runs")["runs"]
+        assert (run["id"], run["path"]) == ("lr=0.1;seed=2", str(tmp_path / "lr=0.1,seed=2"))
+        assert get(client, "/api/config", runs=run["id"])
+
+
+def test_rewards_that_come_later_are_an_event(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "main", tmp_path / "run")
+    (run,) = Runs([tmp_path]).all()
+    before = run.stamp()
+    with (run.path / "rescored/strict.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert run.stamp() != before
+
+
+def test_answers_of_an_evaluation_are_distributed(client: httpx.Client, folder: Path) -> None:
+    found = get(client, "/api/distribution", run="first", key="reward")
+    assert sum(map(sum, found["counts"])) == sum(row["reward"] is not None for row in rows_of(folder, "first"))
+
+
+def test_an_error_points_into_what_was_typed(client: httpx.Client) -> None:
+    """Not into the interval that was chosen in a histogram; brackets of the one do not close those of the other."""
+    asked = {**RUN, "filter": "rewad > 1", "within": "length >= 50 and length < 90"}
+    assert client.get("/api/samples", params=asked).json()["error"].startswith("filter, character 1:")
+    assert client.get("/api/samples", params={**asked, "filter": "reward > 1) or (reward > 0"}).status_code == 400
+    within = get(client, "/api/samples", **{**asked, "filter": "reward < 2 or reward >= 2", "limit": 1000})["rows"]
+    assert within and all(50 <= row["length"] < 90 for row in within)
 
 
 def test_events_tell_of_growth_and_of_a_cut(folder: Path, tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_whether_answers_repeat_is_said() -> None:
         ("round(2*pi, 2)", "6.28"),
         ("log(e^3)", "3"),
         ("2^-1", "0.5"),
+        ("round(12345, -2) + round(2.5)", "12302"),
     ],
 )
 def test_arithmetic(expression: str, result: str) -> None:
@@ -181,6 +182,7 @@ def test_arithmetic(expression: str, result: str) -> None:
         "9**9**9",
         "10**5000",
         "factorial(100000)",
+        "round(5, -100000000)",
         "factorial(3.5)",
         "(lambda: 1)()",
         "1 if 1 else 2",
