@@ -40,7 +40,8 @@ class IGPO(StepCredit):
         Special tokens in it are special."""
 
     def needs(self) -> AlgorithmNeeds:
-        return replace(super().needs(), process_rewards=False, answer=True, turns=True, passes={ANSWER: Pass()})
+        passes = {ANSWER: Pass(other_prompts=True)}
+        return replace(super().needs(), process_rewards=False, answer=True, turns=True, passes=passes)
 
     def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> list[Group]:
         """A group of one answer for each question of `_asked`."""

@@ -79,7 +79,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             prompts, unusable = render(fit, tokenizer, rollout.max_prompt_tokens, *template)
         if out := [*bad, *unfit, *unusable]:
             rows = sum(problem.rows for problem in problems) + len(bad)
-            _report_bad_rows(out, rows, data.max_bad_row_share, what, tracker)
+            _report_bad_rows(out, rows, data.bad_row_share, what, tracker)
         return prompts
 
     shown = algorithm.needs().demonstrations

@@ -83,7 +83,8 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         folder = RunFolder(config.run_dir, resume=config.resume == "auto" or (point is not None and point.same_run))
     except UserError as error:
         return print_error(error)
-    folder.write_config(config_text(config))
+    if point is None or not point.same_run:  # else it stays the old one's until nothing can refuse the new one
+        folder.write_config(config_text(config))
     first_step = 1 if point is None else point.checkpoint.step + 1
     return supervised(
         folder,
@@ -137,6 +138,7 @@ async def _fit(
     stop: Stop,
 ) -> None:
     """With Ray."""
+    asked = config_text(resolved.config)
     async with contextlib.AsyncExitStack() as stack:
         engines = _Engines(resolved, folder.logs, stack)
         try:
@@ -158,6 +160,7 @@ async def _fit(
                 folder.keep_only({})
             else:
                 await _go_on(trainer, point, tracker)
+                folder.write_config(asked)
             summary = await trainer.fit()
             tracker.finish(summary)
         finally:

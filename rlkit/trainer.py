@@ -86,6 +86,8 @@ class Trainer:
             await self.evaluate(0)
         else:
             self.schedule.was_saved(self.version)
+            if self.evaluates_after(self.version):
+                await self.evaluate_late()
         background = [
             asyncio.create_task(work) for work in (self.producer.run(), self.learner.watch(), self.stop.asked())
         ]
@@ -106,11 +108,7 @@ class Trainer:
         if ended is not None:
             self.tracker.message(ended)
             await self.save_what_is_whole()
-            if self.version not in self.heldout:
-                await self.evaluate(self.version)
-            if self.schedule.improved:
-                await self.save(self.version)  # the same step, whose manifest now names the best
-                await self.sealed()
+            await self.evaluate_late()
         return self.summary(ended, time.monotonic() - training_began, self.version + 1 - first)
 
     async def train(
@@ -265,6 +263,14 @@ class Trainer:
         self.schedule.evaluated(step, self.latest, result.headline)
         if step and (missing := self.schedule.missing(self.latest)):
             self.tracker.warn(missing)
+
+    async def evaluate_late(self) -> None:
+        """After the last step's checkpoint, if that was made without: its evaluation did not end, or was not due."""
+        if self.version not in self.heldout:
+            await self.evaluate(self.version)
+        if self.schedule.improved:
+            await self.save(self.version)  # the same step, whose manifest now names the best
+            await self.sealed()
 
     async def save(self, step: int) -> None:
         """Write `checkpoints/step_NNNNNN`: the policy as a Hugging Face folder, and all that resuming needs."""

@@ -102,7 +102,7 @@ def _report(
 ) -> None:
     if bad:
         rows = sum(problem.rows for problem in problems) + len(bad)
-        refuse_too_many_bad_rows(bad, rows, evaluating.data_of(name).config.max_bad_row_share, _key(name))
+        refuse_too_many_bad_rows(bad, rows, evaluating.data_of(name).config.bad_row_share, _key(name))
         tracker.warn(f"{len(bad)} of {rows} rows of {_key(name)} skipped:{first_rows(bad)}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlkit.checkpoint.folder import (
+    RUN_CONFIG,
     RUN_STATE,
     Sealed,
     disk_full,
@@ -21,6 +22,7 @@ from rlkit.checkpoint.folder import (
     set_aside_after,
     stage,
 )
+from rlkit.config.parts import config_text
 from rlkit.config.schema import RunConfig
 from rlkit.experience.records import from_json, to_json
 from rlkit.experience.waiting_buffer import WaitingBuffer
@@ -104,7 +106,9 @@ class Checkpointer:
             "files": await asyncio.to_thread(self.folder.sizes),
         }
         (staged / RUN_STATE).write_text(json.dumps(to_json(state)), encoding="utf-8")
-        return [RUN_STATE, "policy/config.json", *(f"{name}.safetensors" for name in counters)], [*weights, *states]
+        (staged / RUN_CONFIG).write_text(config_text(self.config), encoding="utf-8")
+        tensors = [f"{name}.safetensors" for name in counters]
+        return [RUN_STATE, RUN_CONFIG, "policy/config.json", *tensors], [*weights, *states]
 
     async def _seal(
         self,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, RUN_STATE = "manifest.json", "run.json"
+RUN_CONFIG = "run.yaml"
+"""For `--config`: the configuration that it was made with. Older checkpoints have none."""
 CHUNK = 2**22
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
+from rlkit.checkpoint.folder import RUN_CONFIG, BadCheckpointError, Sealed, open_checkpoint, sealed_folders
 from rlkit.config.compose import default_part
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, plain, with_present_targets
@@ -35,6 +36,7 @@ RESOLVED = (
 )
 """Keys whose default follows from another one that may change: `trainer.max_staleness`, `rollout.max_response_tokens`.
 """
+_WEIGHT = re.compile(r"data\.sources\.\w+\.weight")
 FREE = ("run_dir", "resume", "dry_run", "tracking")
 """Keys and sections whose change is not reported."""
 
@@ -48,9 +50,15 @@ class ResumePoint:
     """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
 
     def nothing_left(self, total_steps: int) -> str | None:
-        """A message, if the checkpoint has all steps."""
+        """A message, if the checkpoint has all steps, and the last evaluation where there were any."""
         step = self.checkpoint.step
-        return None if step < total_steps else f"nothing left to do: {self.checkpoint.path} has all {step} steps"
+        if step < total_steps or self._lacks_its_evaluation():
+            return None
+        return f"nothing left to do: {self.checkpoint.path} has all {step} steps"
+
+    def _lacks_its_evaluation(self) -> bool:
+        evaluated = self.checkpoint.run_state["accuracies"]
+        return bool(evaluated) and str(self.checkpoint.step) not in evaluated
 
     def plan(self) -> list[Line]:
         start = f"{self.checkpoint.path} (after {self.checkpoint.step} steps)"
@@ -80,7 +88,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
         for key, old, new in differences
-        if key in RESOLVED or not _is_one_of(key, (*FIXED, *FREE, *counted))
+        if not _is_fixed(key) and not _is_one_of(key, (*FREE, *counted))
     ]
     if changed:
         changed.append(f"to keep what was: {_own_configuration(checkpoint)}")
@@ -120,7 +128,7 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
     problems = [
         ConfigIssue(key, f"is {_shown(new)}, but {checkpoint.path} was made with {_shown(old)}; that is another run")
         for key, old, new in differences
-        if _is_one_of(key, FIXED) and key not in RESOLVED
+        if _is_fixed(key)
     ]
     if config.trainer.total_epochs is None and config.trainer.total_steps < checkpoint.step:
         problems.append(
@@ -137,8 +145,14 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
 
 
 def _own_configuration(checkpoint: Sealed) -> str:
-    run = checkpoint.path.parent.parent
-    return f"run_dir={shlex.quote(str(run))} --config {shlex.quote(str(run / 'config.yaml'))} resume=auto"
+    run, file = checkpoint.path.parent.parent, checkpoint.path / RUN_CONFIG
+    if not file.is_file():
+        file = run / "config.yaml"  # of the run's last start
+    return f"run_dir={shlex.quote(str(run))} --config {shlex.quote(str(file))} resume=auto"
+
+
+def _is_fixed(key: str) -> bool:
+    return _is_one_of(key, FIXED) and key not in RESOLVED and not _WEIGHT.fullmatch(key)
 
 
 def _is_one_of(key: str, names: tuple[str, ...]) -> bool:

@@ -22,7 +22,7 @@ from rlkit.trackers.ledger import FILE as LEDGER
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""
-BESIDE_THEM = ("tensorboard", "logs", "policy", "model", LEDGER, "wandb", "swanlog", "inspect")
+BESIDE_THEM = ("tensorboard", "logs", "policy", "model", "diagnostics", "tokens", LEDGER, "wandb", "swanlog", "inspect")
 """What else a run makes in its folder."""
 NOTES = 3
 """Other files that a run folder may hold: the start script, a log, a note."""
@@ -147,7 +147,7 @@ def texts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
     """Prompts and recorded responses of the first problems; the start counts all of them, as transformers does."""
-    share, template = data.config.max_bad_row_share, (model.chat_template, model.chat_template_arguments)
+    share, template = data.config.bad_row_share, (model.chat_template, model.chat_template_arguments)
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         try:

@@ -22,6 +22,11 @@ class DataConfig(Section):
     max_bad_row_share: float = Field(default=0.01, ge=0, le=1)
     """Share of unusable rows that may be skipped (each reported with file and row); above it the run does not start."""
 
+    @property
+    def bad_row_share(self) -> float:
+        """What all rows that a run reads are held to."""
+        return self.max_bad_row_share
+
 
 @dataclass(frozen=True, slots=True)
 class Response:

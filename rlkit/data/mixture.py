@@ -34,6 +34,12 @@ class MixtureConfig(DataConfig):
     class's dotted path), `weight` (its share of the prompts, relative to the others'; 1 if not set) and the options of
     that source."""
 
+    @property
+    def bad_row_share(self) -> float:
+        """Each source is held to its own share; all together to the largest."""
+        members = [_member(name, fields) for name, fields in self.sources.items()]
+        return max(self.max_bad_row_share, *(member.config.max_bad_row_share for member in members))
+
     @field_validator("sources")
     @classmethod
     def _can_be_read(cls, sources: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:

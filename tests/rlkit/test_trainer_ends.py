@@ -195,6 +195,28 @@ def test_solved_data_are_saved_and_then_evaluated(checkpoint: str, tmp_path: Pat
         assert [entry["id"] for entry in producer["open"]] == ["00000002", "00000003"]
 
 
+@pytest.mark.parametrize("total", [1, 3])
+def test_an_evaluation_that_did_not_end_is_made_up_for(total: int, tmp_path: Path) -> None:
+    """Its step was saved when the judge failed, or a signal came; also if it was the last step."""
+
+    async def run() -> tuple[Run, dict[str, Any] | None]:
+        options = [f"trainer.total_steps={total}", "trainer.evaluate_every_steps=1"]
+        run = Run(tmp_path, None, *options, failing=RolloutFailedError("rollout worker 0 died again"))
+        run.saved_before = True
+        run.trainer.evaluator = run  # type: ignore[assignment]
+        run.trainer.diagnostics = SimpleNamespace(conclude=lambda _: {})  # type: ignore[assignment]
+        if total == 1:
+            return run, await run.trainer.fit()
+        with pytest.raises(RolloutFailedError):
+            await run.trainer.fit()
+        return run, None
+
+    resumed, summary = asyncio.run(run())
+    assert resumed.trainer.heldout == {1: 1.0}
+    assert [step for step, *_ in resumed.saved] == [1], "its manifest names the best"
+    assert summary is None or summary["accuracy_after"] == 1.0
+
+
 def test_a_disk_that_does_not_take_the_records_ends_the_run_at_the_deadline(tmp_path: Path) -> None:
     async def run() -> None:
         run, hung = Run(tmp_path, lambda: None, "trainer.step_timeout_seconds=1"), threading.Event()

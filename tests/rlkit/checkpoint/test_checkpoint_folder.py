@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,17 @@ def config_of(run_dir: Path, *overrides: str) -> RunConfig:
     return load_config(["reward=rule", f"run_dir={run_dir}", *overrides]).config
 
 
-def make(checkpoints: Path, step: int, config: RunConfig | None = None, best: float | None = None) -> Path:
+def make(
+    checkpoints: Path,
+    step: int,
+    config: RunConfig | None = None,
+    best: float | None = None,
+    evaluated: Sequence[int] = (),
+) -> Path:
     staged = stage(checkpoints, step)
     (staged / "policy").mkdir()
     (staged / "policy" / "weights").write_bytes(b"w" * step)
-    (staged / "run.json").write_text("{}")
+    (staged / "run.json").write_text(json.dumps({"accuracies": {str(at): 0.5 for at in evaluated}}))
     about = {"step": step, "best": best, "config": None if config is None else config.model_dump(mode="json")}
     return seal(staged, about).path
 
@@ -141,6 +149,31 @@ def test_epochs_are_as_many_steps_as_the_data_say(tmp_path: Path) -> None:
     assert f"has all {default} steps" in (point.nothing_left(default) or "")
 
 
+def test_weights_of_sources_may_change_and_are_said(tmp_path: Path) -> None:
+    mixture = ["data=mixture", "data.sources.a.kind=arithmetic", "data.sources.b.kind=arithmetic"]
+    make(tmp_path / "checkpoints", 2, config_of(tmp_path, *mixture))
+    point = find_resume(config_of(tmp_path, *mixture, "data.sources.b.weight=3", "resume=auto"))
+    assert point is not None and point.notices[0] == "data.sources.b.weight was null and is 3 now"
+    with pytest.raises(ConfigError, match=r"data\.sources\.b\.largest"):
+        find_resume(config_of(tmp_path, *mixture, "data.sources.b.largest=30", "resume=auto"))
+
+
+def test_a_folder_that_only_a_diagnostic_wrote_into_is_free(tmp_path: Path) -> None:
+    """As one leaves it that ends a run before its first record."""
+    for name in ("diagnostics", "tokens", "logs"):
+        (tmp_path / name).mkdir()
+    config_of(tmp_path)
+
+
+def test_a_last_evaluation_that_did_not_end_is_left_to_do(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "resume=auto", "trainer.total_steps=2")
+    for evaluated, left in (([], False), ([0], True), ([0, 2], False)):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        make(tmp_path / "checkpoints", 2, config, evaluated=evaluated)
+        point = find_resume(config)
+        assert point is not None and (point.nothing_left(2) is None) == left
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, best in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, 0.8)):
         make(tmp_path, step, best=best)
@@ -222,5 +255,8 @@ def test_what_may_differ_is_said(tmp_path: Path) -> None:
             "learner.learning_rate was 0.0003 and is 1e-05 now",
             f"to keep what was: run_dir={tmp_path / 'old'} --config {tmp_path / 'old' / 'config.yaml'} resume=auto",
         )
+    (path / "run.yaml").touch()
+    point = find_resume(config_of(tmp_path / "new", f"resume={path}", "learner.learning_rate=1e-5"))
+    assert point is not None and f"--config {path / 'run.yaml'} resume=auto" in point.notices[1]
     with pytest.raises(ConfigError, match="there is no such folder"):
         find_resume(config_of(tmp_path / "new", f"resume={tmp_path / 'nowhere'}"))

@@ -15,6 +15,7 @@ import torch
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.folder import BadCheckpointError, DiskFullError, open_checkpoint
 from rlkit.config.loading import load_config
+from rlkit.config.parts import config_text
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.weights.bundle import TensorMeta
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
@@ -85,7 +86,11 @@ def test_it_is_sealed_in_the_background_and_holds_the_hashes(checkpointer: Check
         "policy/config.json",
         "policy/model.safetensors",
         "run.json",
+        "run.yaml",
     }
+    typed = [f"run_dir={checkpointer.config.run_dir}", "resume=auto"]
+    again = load_config(typed, checkpointer.folder.checkpoints / "step_000003/run.yaml").config
+    assert config_text(again.model_copy(update={"resume": "never"})) == config_text(checkpointer.config)
     assert partial(checkpointer) == []
 
 

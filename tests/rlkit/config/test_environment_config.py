@@ -112,6 +112,10 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
             "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of",
         ),
         (
+            [*COUNTING, "environment.history=rerender", "algorithm=igpo"],
+            "IGPO as configured puts responses behind other prompts as one row, and episodes (those of",
+        ),
+        (
             [*AGENT, "reward=implicit_prm"],
             "as one row, and episodes (an agent's) may be several rows; name another reward",
         ),

@@ -169,6 +169,16 @@ def prompts_of(run: ResolvedRun) -> tuple[dict[str, int], list[str]]:
         return {name: len(prompts) for name, prompts in heldout.items()}, list(tracker._progress.warnings)
 
 
+def test_a_source_of_a_mixture_may_have_more_bad_rows_than_others(load: Load, tmp_path: Path) -> None:
+    """Rows that one source may skip are not held against all of them."""
+    good, poor = write(tmp_path / "good.jsonl", 60), write(tmp_path / "poor.jsonl", 60)
+    poor.write_text("no JSON\n" * 6 + poor.read_text().replace("What is", "How much is"))
+    mixture = ["data=mixture", f"data.sources.good.path={good}", f"data.sources.poor.path={poor}"]
+    mixture += [f"data.sources.{name}.kind=jsonl" for name in ("good", "poor")]
+    _, warnings = prompts_of(load(*mixture, "data.sources.poor.max_bad_row_share=0.2"))
+    assert any("rows skipped" in line and "poor.jsonl:1" in line for line in warnings)
+
+
 def test_sets_are_loaded_as_far_as_they_can_be_judged(load: Load, own: str, tmp_path: Path) -> None:
     file = write(tmp_path / "more.jsonl", 9, question="ask")
     sets = [f"evaluation.sets.{name}.path={file}" for name in ("more", "few")]
