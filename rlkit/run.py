@@ -229,7 +229,7 @@ class _Engines:
         if not config.rollout.workers:
             return placement, None
         model = str(model_folder(sampled_path(config)))
-        return placement, RolloutPool(_found_from_anywhere(config), model, self._logs, placement.of("rollout"))
+        return placement, RolloutPool(config, model, self._logs, placement.of("rollout"))
 
     def load(self) -> asyncio.Task[None]:
         if self._loading is None:
@@ -272,8 +272,7 @@ async def _start(
     judged = asks_reward(rollout, algorithm)
     placement, pool = await engines.placed
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
-    told = _found_from_anywhere(config)
-    learner = JointLearner.create(told, algorithm, model_path, critic_path, logs, placement, data.render)
+    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement, data.render)
     starts: dict[str, Callable[[], Awaitable[Any]]] = {"learner": learner.policy.start}
     if pool is not None:
         starts["sampler"] = engines.load
@@ -361,14 +360,6 @@ def _differs_from_the_reward(resolved: ResolvedRun) -> bool:
     """Options of the reward must not move the yardstick."""
     reward, verifier = resolved.reward_class, resolved.verifier_class
     return reward is not verifier or resolved.reward_config != resolved.verifier_config
-
-
-def _found_from_anywhere(config: RunConfig) -> RunConfig:
-    """For actors, which may have another working folder."""
-    if config.model.chat_template is None:
-        return config
-    template = str(Path(config.model.chat_template).expanduser().absolute())
-    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": template})})
 
 
 def _startup(config: RunConfig) -> tuple[float, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from rlkit.cluster.janitor import TOKEN, end_processes, janitor
 from rlkit.config.schema import ClusterConfig
 from rlkit.experience import UserError
+from rlkit.models.folder import WORKING_FOLDER
 
 CONNECT_SECONDS = 10.0
 AUTHENTICATION = "RAY_AUTH_MODE"
@@ -41,15 +42,17 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
     from ray._private.authentication.authentication_token_setup import _enable_token_auth
 
     address = config.address or os.environ.get("RAY_ADDRESS")
+    here = {WORKING_FOLDER: str(Path.cwd())}  # a Ray that is joined was started somewhere else
     with contextlib.ExitStack() as stack:
         if address:
             _refuse_silence(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            told = {"env_vars": here}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, runtime_env=told)
             stack.callback(ray.shutdown)
         else:
             _refuse_open_doors()
             token, folder = uuid.uuid4().hex, _temporary_folder()
-            own = {TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token"}
+            own = {TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token", **here}
             stack.enter_context(_environment(**own, **NO_IDLE_WORKERS))
             _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
             stack.enter_context(_changed_ray())

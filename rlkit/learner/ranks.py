@@ -14,6 +14,7 @@ from rlkit.cluster.processes import free_port
 from rlkit.cluster.waiting import waiting
 from rlkit.config.plan import offloads, shares_gpus
 from rlkit.config.schema import LearnerConfig, RunConfig
+from rlkit.models.folder import enter_working_folder
 
 if TYPE_CHECKING:
     from rlkit.weights.tensor_file import WrittenFile
@@ -40,6 +41,7 @@ class Rank(ABC):
         from rlkit.tracking.logs import actor_logging
 
         actor_logging(Path(log_path))
+        enter_working_folder()
         self.rank, self.config, self.model_path, self.algorithm = rank, config, model_path, algorithm
 
     def alive(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,21 @@ from rlkit.experience import UserError
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 PREFIX = "embedded:"
+WORKING_FOLDER = "RLKIT_WORKING_FOLDER"
+"""The driver's, in the environment of a run's actors."""
+
+
+def enter_working_folder() -> None:
+    """In an actor, before it reads a file: relative paths are the driver's, if this machine has its folder."""
+    folder = os.environ.get(WORKING_FOLDER)
+    if folder and Path(folder).is_dir():
+        os.chdir(folder)
 
 
 def model_folder(path: str) -> Path:
     """`embedded:<name>` is a tiny model inside the package. Raise ValueError for an unknown name."""
     if not path.startswith(PREFIX):
-        return Path(path).expanduser().absolute()  # actors may have another working folder
+        return Path(path).expanduser().absolute()
     folder = EMBEDDED / path.removeprefix(PREFIX)
     if not (folder / "config.json").is_file():
         known = ", ".join(sorted(f"{PREFIX}{config.parent.name}" for config in EMBEDDED.glob("*/config.json")))

@@ -18,6 +18,7 @@ from rlkit.config.plan import engines_sleep, longest_response, published_adapter
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group
+from rlkit.models.folder import enter_working_folder
 from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.episodes import Episodes, open_episodes
 from rlkit.rollout.requests import GroupRequest, Request, Response, group_of, sample_seed
@@ -45,6 +46,7 @@ class RolloutWorker:
 
         self.log = Path(log_path)
         actor_logging(self.log)
+        enter_working_folder()
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
         self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")

@@ -23,6 +23,7 @@ from rlkit.experience.scores import (
     with_greedy,
     without_greedy,
 )
+from rlkit.models.folder import enter_working_folder
 
 if TYPE_CHECKING:
     from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
@@ -42,6 +43,7 @@ class RewardWorker:
             from rlkit.tracking.logs import actor_logging
 
             actor_logging(log_path)
+        enter_working_folder()
         kind = import_part("reward", target)
         self._reward: Reward = kind(kind.Config(**options), context)
 

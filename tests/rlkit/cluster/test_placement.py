@@ -212,6 +212,7 @@ class TwoNodes:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            cwd=self.folder,  # not the one where the run is typed
         )
 
     def _raylets(self, node: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -289,6 +290,21 @@ def test_two_nodes_do_what_one_process_of_each_kind_does(cluster: TwoNodes, tmp_
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     texts = [{(r["group_id"], r["rank"]): r["token_ids"] for r in run.records("samples")} for run in (spread, alone)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_actors_find_what_is_relative_to_where_the_run_is_typed(cluster: TwoNodes, tmp_path: Path) -> None:
+    """Ray was started in another folder."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/schema.json").write_text('{"type": "object"}')
+    (tmp_path / "here/plain.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    run = Run(
+        tmp_path,
+        *("reward=json_schema", "reward.schema_file=schema.json", "model.chat_template=plain.jinja"),
+        *("trainer.total_steps=1", DEFAULT_STORE, f"cluster.address={cluster.address}"),
+        cwd=tmp_path / "here",
+    )
+    assert run.end() == 0, run.text
 
 
 @pytest.mark.slow
