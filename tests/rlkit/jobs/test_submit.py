@@ -21,6 +21,7 @@ from rlkit.config.command import split_off_file
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.overrides import quoted
+from rlkit.config.report import plan, plan_text
 from rlkit.config.schema import ClusterConfig
 from rlkit.jobs.cluster import ClusterError, connect, dashboard_address, exit_code
 from rlkit.jobs.resources import Demand, Node, demands, missing
@@ -115,6 +116,24 @@ def test_configuration_file_travels_and_may_name_the_cluster_s_paths(tmp_path: P
     checked = check_here(["reward=rule", f"run_dir={tmp_path / 'run'}"], file, ROOT)
     assert checked.run.config.seed == 3
     assert any("/nowhere/model" in str(warning) for warning in checked.run.warnings)
+
+
+def test_the_run_need_not_fit_on_this_machine(tmp_path: Path) -> None:
+    typed = [*BASE, "cluster.address=http://h:8265", f"run_dir={tmp_path / 'run'}", "cluster.threads_per_actor=1000"]
+    large = [*typed, "rollout.memory_gib=100000"]
+    checked = check_here(large, None, ROOT)
+    assert checked.warnings == []
+    host = [line for line in plan_text(plan(checked.run)).splitlines() if "host, " in line]
+    assert not any("this machine" in line for line in host)
+    assert host[-1].endswith("GiB") and " of " not in host[-1]
+    with pytest.raises(ConfigError, match=r"it has 2\.0 GiB"):
+        check_here([*large, "cluster.host_memory_gib=2"], None, ROOT)
+
+
+def test_more_gpus_than_a_machine_has_are_the_cluster_s(tmp_path: Path) -> None:
+    wide = [*BASE, "cluster=single_gpu", "learner.ranks=16", f"run_dir={tmp_path / 'run'}"]
+    assert "cluster.address" in str(load_config(wide).warnings)
+    assert check_here([*wide, "cluster.address=http://h:8265"], None, ROOT).warnings == []
 
 
 def test_a_run_to_go_on_from_is_named_by_an_absolute_path(tmp_path: Path) -> None:
