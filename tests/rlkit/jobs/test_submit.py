@@ -27,6 +27,7 @@ from rlkit.jobs.cluster import ClusterError, connect, dashboard_address, exit_co
 from rlkit.jobs.resources import Demand, Node, demands, missing
 from rlkit.jobs.submission import (
     CONFIG_IN_ARCHIVE,
+    ELSEWHERE,
     SubmitConfig,
     check_here,
     environment,
@@ -134,6 +135,34 @@ def test_more_gpus_than_a_machine_has_are_the_cluster_s(tmp_path: Path) -> None:
     wide = [*BASE, "cluster=single_gpu", "learner.ranks=16", f"run_dir={tmp_path / 'run'}"]
     assert "cluster.address" in str(load_config(wide).warnings)
     assert check_here([*wide, "cluster.address=http://h:8265"], None, ROOT).warnings == []
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["data=jsonl", "data.path=[/nowhere/a.jsonl,/nowhere/b.jsonl]"],
+        ["data=jsonl", "data.path='/nowhere/a, b.jsonl'"],
+        ["data=jsonl", "data={path: /nowhere/a.jsonl}"],
+        ["data=mixture", "data.sources={a: {kind: jsonl, path: /nowhere/a.jsonl}}"],
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_cluster_s_paths_may_be_in_lists_and_sections(typed: list[str], in_file: bool, tmp_path: Path) -> None:
+    run, file = [*BASE, f"run_dir={tmp_path / 'run'}"], None
+    if in_file:
+        values = load_config([*run, *typed], elsewhere=["/nowhere"]).config.data
+        file = tmp_path / "old.yaml"
+        file.write_text(yaml.safe_dump({"data": values}))
+        typed = []
+    warnings = check_here([*run, *typed], file, ROOT).warnings
+    assert [text for text in warnings if "/nowhere/a" in text and text.endswith(ELSEWHERE)]
+
+
+def test_a_broken_configuration_file_is_reported_once(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"1 problem(.|\n)*cannot be read"):
+        check_here(BASE, file, ROOT)
 
 
 def test_a_run_to_go_on_from_is_named_by_an_absolute_path(tmp_path: Path) -> None:
