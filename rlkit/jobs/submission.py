@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from glob import iglob
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +147,7 @@ class Checked:
 def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
     """Find what is wrong without asking the cluster. Raises ConfigError with all of it, or UploadError."""
     arguments = read_arguments(overrides)
-    submit, absent, run = arguments.submit, _absent_paths(arguments.overrides, file), None
+    submit, absent, run = arguments.submit, _absent_paths(arguments.overrides, file, folder), None
     problems = list(arguments.problems)
     for name in submit.pass_environment:
         if name not in os.environ:
@@ -172,34 +172,37 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
     return Checked(arguments, run, file, upload, warnings + [text + ELSEWHERE for text in resume_warnings(run.config)])
 
 
-def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
+def _absent_paths(overrides: Sequence[str], file: Path | None, folder: Path) -> list[str]:
     """They may exist on the cluster, where the job checks them."""
     trees: list[Any] = [parse_overrides(overrides, {}).values]
     if file is not None:
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported when the file is merged
             trees.append(yaml.safe_load(file.read_text()))
     paths = [at_home(text) for _, text in _texts(trees)]
-    return [path for path in paths if path.startswith("/") and not _is_there(path)]
+    return [path for path in paths if path.startswith("/") and not _found(path, folder)]
 
 
-def _is_there(path: str) -> bool:
-    """Whether a file, a folder, or a file that a pattern stands for is."""
-    return Path(path).exists() or any(iglob(path))  # noqa: PTH207 - Path.glob takes no absolute pattern
+def _found(path: str, folder: Path) -> list[str]:
+    """`path` if it exists, else what it stands for as a pattern."""
+    return [path] if (folder / path).exists() else sorted(glob(path, root_dir=folder))  # noqa: PTH207 - Path.glob takes no absolute pattern
 
 
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
     """Relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
-        path = folder / value
-        if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~") or not path.exists():
+        if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~"):
+            continue
+        lacking = [path for path in _found(value, folder) if upload is None or not upload.has(path)]
+        if not lacking:
             continue
         if upload is None:
             why = "with submit.code=installed the job does not start in this folder"
-        elif upload.has(path):
-            continue
         else:
-            why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
+            why = (
+                f"{lacking[0]} is not among the uploaded files (outside this folder, ignored, too large, or behind a "
+                "link to a folder)"
+            )
         problems.append(
             ConfigIssue(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees")
         )
