@@ -375,6 +375,14 @@ def test_colocated_groups_have_whole_gpus(
     assert "not enough GPUs" in missing(demands(run), [Node("n", 64, gpus) for gpus in too_few])[0][0]
 
 
+def test_a_reward_that_is_not_asked_has_no_workers(tmp_path: Path) -> None:
+    recorded = ["algorithm=sft", "rollout.source=data", "cluster=multi_gpu", "cluster.placement=apart"]
+    run = load_config(["model.path=embedded:policy", *recorded, f"run_dir={tmp_path / 'run'}"], elsewhere=())
+    assert run.reward_class.traits(run.reward_config).uses_gpu
+    assert [(demand.what, demand.count) for demand in demands(run) if demand.gpus] == [("learner rank", 8)]
+    assert missing(demands(run), [Node("a", 64, 8)])[0] == []
+
+
 def test_few_cpus_only_warn(tmp_path: Path) -> None:
     run = load_config([*BASE, "cluster.threads_per_actor=4", f"run_dir={tmp_path / 'run'}"])
     lacking, slow = missing(demands(run), [Node("a", 2, 0)])
