@@ -184,7 +184,9 @@ def _absent_paths(overrides: Sequence[str], file: Path | None, folder: Path) -> 
 
 def _found(path: str, folder: Path) -> list[str]:
     """`path` if it exists, else what it stands for as a pattern."""
-    return [path] if (folder / path).exists() else sorted(glob(path, root_dir=folder))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    # Not of pathlib: its `exists` raises for a text too long for a path, and its `glob` for an absolute pattern.
+    there = os.path.exists(folder / path)  # noqa: PTH110
+    return [path] if there else sorted(glob(path, root_dir=folder))  # noqa: PTH207
 
 
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:

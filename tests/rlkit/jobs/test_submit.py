@@ -166,6 +166,13 @@ def test_a_broken_configuration_file_is_reported_once(tmp_path: Path) -> None:
         check_here(BASE, file, ROOT)
 
 
+def test_a_text_too_long_for_a_path_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(f"unknown: /{'a' * 400}\n")
+    with pytest.raises(ConfigError, match="unknown"):
+        check_here(BASE, file, ROOT)
+
+
 def test_a_run_to_go_on_from_is_named_by_an_absolute_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resume=runs/old: .*absolute path"):
         check_here([*BASE, f"run_dir={tmp_path / 'run'}", "resume=runs/old"], None, ROOT)
