@@ -331,7 +331,7 @@ def preset_table() -> None:
                     run = load_config(command)
                     gpu = {part: total(parts) for part, parts in gpu_phases(run, 80.0 * GIB).items()}
                     cells = [f"{gpu[phase] / GIB:.0f}" for phase in phases]
-                    host = host_bytes(run, this_machine(run.config.cluster)) / GIB
+                    host = host_bytes(run, this_machine(run)) / GIB
                     print(f"| {shown} | {name}{fits} | {' | '.join(cells)} | {host:.0f} |")
 
 

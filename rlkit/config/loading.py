@@ -381,6 +381,7 @@ class _RunLoading(Loading):
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
             origins={key: self.sources.origin(key) for key in ("learner.learning_rate", "critic.learning_rate")},
             sets=self.sets,
+            elsewhere=self.elsewhere is not None,
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be
             self._report(fits(run) if must_fit else ())

@@ -54,15 +54,19 @@ class Machine:
     cores: int | None
 
 
-def this_machine(cluster: ClusterConfig) -> Machine:
+def this_machine(run: ResolvedRun) -> Machine:
     """What the configuration names comes before what is here; a cluster that is joined may be anywhere."""
-    here = starts_ray(cluster)
+    cluster, here = run.config.cluster, _stays_here(run)
     gpus = gpus_here() if here and cluster.device == "cuda" and cluster.gpu_memory_gib is None else []
     named = None if cluster.gpu_memory_gib is None else cluster.gpu_memory_gib * GIB
     host = None if cluster.host_memory_gib is None else cluster.host_memory_gib * GIB
     if host is None and here and (cluster.device == "cpu" or gpus):
         host = host_memory()
     return Machine(host, named or min(gpus, default=None), os.cpu_count() if here else None)
+
+
+def _stays_here(run: ResolvedRun) -> bool:
+    return not run.elsewhere and starts_ray(run.config.cluster)
 
 
 def starts_ray(cluster: ClusterConfig) -> bool:
@@ -133,8 +137,8 @@ def host_bytes(run: ResolvedRun, machine: Machine) -> float:
 
 
 def fits(run: ResolvedRun) -> Issues:
-    """What cannot fit, and what is more than this machine has."""
-    machine = this_machine(run.config.cluster)
+    """What cannot fit, and what is more than the machine has, as far as it is known."""
+    machine = this_machine(run)
     yield from _tensor_parallel(run)
     yield from _cores(run, machine)
     if check_model_folder(run.config.model.path).parameters is None:
@@ -156,7 +160,7 @@ def _tensor_parallel(run: ResolvedRun) -> Issues:
             f"{width} GPUs cannot share the model's {shape.heads} attention heads and {shape.kv_heads} key-value heads "
             f"equally; {', '.join(fit)} can",
         )
-    if config.cluster.device == "cuda" and starts_ray(config.cluster) and gpus > GPUS_PER_MACHINE:
+    if config.cluster.device == "cuda" and _stays_here(run) and gpus > GPUS_PER_MACHINE:
         yield ConfigIssue(
             "cluster.address",
             f"is not set, so the run stays on this machine, and it wants {gpus} GPUs (rollout.workers="
@@ -188,7 +192,7 @@ def _host(run: ResolvedRun, machine: Machine) -> Issues:
     there, needed = machine.host_bytes, host_bytes(run, machine)
     store = run.config.cluster.object_store_gib
     if there is not None and store is not None and store * GIB > there:
-        yield ConfigIssue("cluster.object_store_gib", f"this machine has {size_text(there)} of memory")
+        yield ConfigIssue("cluster.object_store_gib", f"the machine has {size_text(there)} of memory")
     if there is None or needed * (1 - PRECISION) <= there:
         return
     largest = max(processes(run, machine.gpu_bytes), key=lambda process: process.count * process.host())

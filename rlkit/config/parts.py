@@ -140,6 +140,8 @@ class ResolvedRun:
     warnings: tuple[ConfigIssue, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     """Full key -> who decided its value, of those that the plan names with it."""
+    elsewhere: bool = False
+    """It will be on other machines than this one."""
 
     def make_algorithm(self) -> Algorithm:
         return self.algorithm_class(self.algorithm_config)

@@ -326,7 +326,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
 def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     if shape.parameters is None:
         return [Line("memory", "unknown", "the number of parameters is: the weights are no safetensors")]
-    machine = this_machine(run.config.cluster)
+    machine = this_machine(run)
     cuda = run.config.cluster.device == "cuda"
     rollout = run.config.rollout
     lines = [Line("memory", "key-value cache, each engine", _cache(rollout, shape, cuda))] if rollout.workers else []
@@ -343,7 +343,7 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         times = f"{process.count} x " if process.count > 1 else ""
         lines.append(Line("memory", f"host, {process.name}", f"{times}{size_text(process.host())}"))
     limit = f" of {size_text(machine.host_bytes)}" if machine.host_bytes else ""
-    where = "a machine of 8 GPUs" if cuda else "this machine"
+    where = "a machine of 8 GPUs" if cuda else "a machine" if run.elsewhere else "this machine"
     return [*lines, Line("memory", f"host, {where}", f"{size_text(host_bytes(run, machine))}{limit}")]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import colocated_slots, gpu_shares, shares_gpus
+from rlkit.config.plan import asks_reward, colocated_slots, gpu_shares, shares_gpus
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Node:
 
 def demands(run: ResolvedRun) -> list[Demand]:
     """What RolloutPool, RankGroup and RewardPool will ask Ray for."""
-    config, gpus = run.config, gpu_shares(run.config)
-    engines, workers = config.rollout.workers, run.reward_config.workers
-    critics = config.critic.ranks if run.make_algorithm().needs().critic else 0
+    config, algorithm, gpus = run.config, run.make_algorithm(), gpu_shares(run.config)
+    engines, critics = config.rollout.workers, config.critic.ranks if algorithm.needs().critic else 0
+    rewards = run.reward_config.workers if asks_reward(config.rollout, algorithm) else 0
     actors = [
         ("vLLM engine", engines, config.cluster.threads_per_actor, gpus.engine),
         ("learner rank", config.learner.ranks, config.cluster.threads_per_actor, gpus.learner),
         ("critic rank", critics, config.cluster.threads_per_actor, gpus.critic),
-        ("reward worker", workers, 1, gpus.rewards / workers),
+        ("reward worker", rewards, 1, gpus.rewards / max(1, rewards)),
     ]
     if shares_gpus(config.cluster):
         # An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine.

@@ -7,11 +7,14 @@ import re
 import shlex
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field
 
 from rlkit.checkpoint.resume import find_resume
@@ -144,7 +147,7 @@ class Checked:
 def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
     """Find what is wrong without asking the cluster. Raises ConfigError with all of it, or UploadError."""
     arguments = read_arguments(overrides)
-    submit, absent, run = arguments.submit, _absent_paths(overrides, file), None
+    submit, absent, run = arguments.submit, _absent_paths(arguments.overrides, file, folder), None
     problems = list(arguments.problems)
     for name in submit.pass_environment:
         if name not in os.environ:
@@ -169,41 +172,55 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
     return Checked(arguments, run, file, upload, warnings + [text + ELSEWHERE for text in resume_warnings(run.config)])
 
 
-def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
+def _absent_paths(overrides: Sequence[str], file: Path | None, folder: Path) -> list[str]:
     """They may exist on the cluster, where the job checks them."""
-    values = [at_home(text.partition("=")[2].strip("'\"")) for text in overrides]
-    if file is not None and file.is_file():
-        values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
-    return [value for value in values if value.startswith("/") and not Path(value).exists()]
+    trees: list[Any] = [parse_overrides(overrides, {}).values]
+    if file is not None:
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported when the file is merged
+            trees.append(yaml.safe_load(file.read_text()))
+    paths = [at_home(text) for _, text in _texts(trees)]
+    return [path for path in paths if path.startswith("/") and not _found(path, folder)]
+
+
+def _found(path: str, folder: Path) -> list[str]:
+    """`path` if it exists, else what it stands for as a pattern."""
+    # Not of pathlib: its `exists` raises for a text too long for a path, and its `glob` for an absolute pattern.
+    there = os.path.exists(folder / path)  # noqa: PTH110
+    return [path] if there else sorted(glob(path, root_dir=folder))  # noqa: PTH207
 
 
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
     """Relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
-        path = folder / value
-        if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~") or not path.exists():
+        if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~"):
+            continue
+        lacking = [path for path in _found(value, folder) if upload is None or not upload.has(path)]
+        if not lacking:
             continue
         if upload is None:
             why = "with submit.code=installed the job does not start in this folder"
-        elif upload.has(path):
-            continue
         else:
-            why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
+            why = (
+                f"{lacking[0]} is not among the uploaded files (outside this folder, ignored, too large, or behind a "
+                "link to a folder)"
+            )
         problems.append(
             ConfigIssue(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees")
         )
     return problems
 
 
-def _texts(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    texts: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            texts += _texts(value, f"{prefix}{key}.")
-        elif isinstance(value, str):
-            texts.append((f"{prefix}{key}", value))
-    return texts
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(full key, text) of all in sections and lists; those of a list have its key."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def resume_warnings(config: RunConfig) -> list[str]:

@@ -34,18 +34,18 @@ class Upload:
     """Path relative to the folder, with `/` -> bytes."""
     too_large: dict[str, int]
     """Left out for their size."""
+    links: list[str]
+    """To folders: left out with what is behind them. A link to a file travels as that file."""
 
-    def has(self, path: Path) -> bool:
-        """Whether `path` is a file of the upload, or a folder with one."""
-        try:
-            name = path.resolve().relative_to(self.folder.resolve()).as_posix()
-        except ValueError:
-            return False
+    def has(self, path: str) -> bool:
+        """Whether `path`, relative to the folder, is a file of the upload, or a folder with one."""
+        name = os.path.normpath(path)  # as written: behind a link there is nothing in the archive
         return name in self.files or name == "." or any(file.startswith(f"{name}/") for file in self.files)
 
     def lines(self) -> list[str]:
-        """For the screen: the size, and the files left out for theirs."""
+        """For the screen: the size, the links left out, and the files left out for their size."""
         lines = [f"uploading {self.folder}: {len(self.files)} files, {_mib(sum(self.files.values()))}"]
+        lines += [f"not uploaded: {name} (a link to a folder)" for name in self.links]
         for name, size in _largest(self.too_large):
             lines.append(f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)")
         rest = len(self.too_large) - SHOWN
@@ -58,7 +58,9 @@ def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_uploa
     names = {name for name in _candidates(folder, patterns) if not _is_excluded(name, patterns)}
     parents = (name.removesuffix("metrics.jsonl") for name in names if name.endswith("/metrics.jsonl"))
     run_folders = tuple(parent for parent in parents if f"{parent}config.yaml" in names)
-    names = {name for name in names if not name.startswith(run_folders) and (folder / name).is_file()}
+    names = {name for name in names if not name.startswith(run_folders)}
+    links = sorted(name for name in names if (folder / name).is_symlink() and (folder / name).is_dir())
+    names = {name for name in names if (folder / name).is_file()}
     sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
     too_large = {name: size for name, size in sizes.items() if size > max_file_mib * MIB}
     files = {name: size for name, size in sizes.items() if name not in too_large}
@@ -75,7 +77,7 @@ def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_uploa
             "    Leave out what the job does not need: submit.exclude=[FOLDER,'\"*.bin\"'], or .gitignore. Models and "
             "data belong on storage that the cluster sees, named by absolute paths."
         )
-    return Upload(folder, files, too_large)
+    return Upload(folder, files, too_large, links)
 
 
 def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None:
@@ -93,7 +95,8 @@ def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None
 
 
 def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Relative paths: in a git checkout what git does not ignore, elsewhere all outside excluded folders."""
+    """Relative paths of files and links: in a git checkout what git does not ignore, elsewhere all outside excluded
+    folders."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
@@ -106,7 +109,8 @@ def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
                 if not _is_excluded((parent / name).as_posix(), patterns)
                 and not (folder / parent / name / "pyvenv.cfg").exists()
             ]
-            yield from ((parent / name).as_posix() for name in names)
+            links = [name for name in folders if (folder / parent / name).is_symlink()]
+            yield from ((parent / name).as_posix() for name in (*names, *links))
         return
     environments = {file.parent for file in folder.glob("*/pyvenv.cfg")}
     for name in os.fsdecode(listing).split("\0"):

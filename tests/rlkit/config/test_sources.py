@@ -126,7 +126,7 @@ def test_no_engine_is_predicted_where_nothing_samples(load: Load, pairs: Sequenc
     run = load(*pairs, *SINGLE)
     assert "rollout engine" not in [process.name for process in processes(run, 79 * 2**30)]
     small = load(*pairs, *SINGLE, "cluster.gpu_memory_gib=3", "learner.tokens_per_microbatch=1024")
-    assert this_machine(small.config.cluster).gpu_bytes == 3 * 2**30
+    assert this_machine(small).gpu_bytes == 3 * 2**30
     assert not [issue for issue in fits(small) if "gpu_memory_utilization" in issue.where]
     sampled = load("algorithm=grpo", "reward=rule", "cluster.weight_transfer=object_store")
     recorded = load(*pairs, "cluster.weight_transfer=object_store")

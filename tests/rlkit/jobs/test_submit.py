@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,13 @@ from rlkit.config.command import split_off_file
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.overrides import quoted
+from rlkit.config.report import plan, plan_text
 from rlkit.config.schema import ClusterConfig
 from rlkit.jobs.cluster import ClusterError, connect, dashboard_address, exit_code
 from rlkit.jobs.resources import Demand, Node, demands, missing
 from rlkit.jobs.submission import (
     CONFIG_IN_ARCHIVE,
+    ELSEWHERE,
     SubmitConfig,
     check_here,
     environment,
@@ -34,7 +37,7 @@ from rlkit.jobs.submission import (
     relative_path_problems,
     resume_warnings,
 )
-from rlkit.jobs.upload import MIB, Upload, UploadError, collect, pack
+from rlkit.jobs.upload import MIB, UploadError, collect, pack
 from rlkit.submit import main
 
 BASE = ["reward=rule", "model.path=embedded:policy"]
@@ -115,6 +118,59 @@ def test_configuration_file_travels_and_may_name_the_cluster_s_paths(tmp_path: P
     checked = check_here(["reward=rule", f"run_dir={tmp_path / 'run'}"], file, ROOT)
     assert checked.run.config.seed == 3
     assert any("/nowhere/model" in str(warning) for warning in checked.run.warnings)
+
+
+def test_the_run_need_not_fit_on_this_machine(tmp_path: Path) -> None:
+    typed = [*BASE, "cluster.address=http://h:8265", f"run_dir={tmp_path / 'run'}", "cluster.threads_per_actor=1000"]
+    large = [*typed, "rollout.memory_gib=100000"]
+    checked = check_here(large, None, ROOT)
+    assert checked.warnings == []
+    host = [line for line in plan_text(plan(checked.run)).splitlines() if "host, " in line]
+    assert not any("this machine" in line for line in host)
+    assert host[-1].endswith("GiB") and " of " not in host[-1]
+    with pytest.raises(ConfigError, match=r"it has 2\.0 GiB"):
+        check_here([*large, "cluster.host_memory_gib=2"], None, ROOT)
+
+
+def test_more_gpus_than_a_machine_has_are_the_cluster_s(tmp_path: Path) -> None:
+    wide = [*BASE, "cluster=single_gpu", "learner.ranks=16", f"run_dir={tmp_path / 'run'}"]
+    assert "cluster.address" in str(load_config(wide).warnings)
+    assert check_here([*wide, "cluster.address=http://h:8265"], None, ROOT).warnings == []
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["data=jsonl", "data.path=[/nowhere/a.jsonl,/nowhere/b.jsonl]"],
+        ["data=jsonl", "data.path='/nowhere/a, b.jsonl'"],
+        ["data=jsonl", "data={path: /nowhere/a.jsonl}"],
+        ["data=mixture", "data.sources={a: {kind: jsonl, path: /nowhere/a.jsonl}}"],
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_cluster_s_paths_may_be_in_lists_and_sections(typed: list[str], in_file: bool, tmp_path: Path) -> None:
+    run, file = [*BASE, f"run_dir={tmp_path / 'run'}"], None
+    if in_file:
+        values = load_config([*run, *typed], elsewhere=["/nowhere"]).config.data
+        file = tmp_path / "old.yaml"
+        file.write_text(yaml.safe_dump({"data": values}))
+        typed = []
+    warnings = check_here([*run, *typed], file, ROOT).warnings
+    assert [text for text in warnings if "/nowhere/a" in text and text.endswith(ELSEWHERE)]
+
+
+def test_a_broken_configuration_file_is_reported_once(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"1 problem(.|\n)*cannot be read"):
+        check_here(BASE, file, ROOT)
+
+
+def test_a_text_too_long_for_a_path_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(f"unknown: /{'a' * 400}\n")
+    with pytest.raises(ConfigError, match="unknown"):
+        check_here(BASE, file, ROOT)
 
 
 def test_a_run_to_go_on_from_is_named_by_an_absolute_path(tmp_path: Path) -> None:
@@ -204,31 +260,83 @@ def test_archive_is_the_same_for_the_same_files(tmp_path: Path) -> None:
         assert archive.read(CONFIG_IN_ARCHIVE) == b"seed: 3\n"
 
 
+@pytest.mark.parametrize("git", [True, False])
+def test_links_to_files_travel_and_links_to_folders_are_named(git: bool, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    make_files(project, "a.py", "big/x.jsonl")
+    make_files(tmp_path, "outside.jsonl", size=30)
+    (project / "linked.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    (project / "data").symlink_to("big")
+    if git:
+        subprocess.run(["git", "init", "-q", str(project)], check=True)
+    upload = collect(project, ["big"], 20, 100)
+    assert upload.files == {"a.py": 10, "linked.jsonl": 30}
+    assert "not uploaded: data (a link to a folder)" in upload.lines()
+    pack(upload, tmp_path / "one.zip", {})
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        assert archive.read("linked.jsonl") == bytes(30)
+
+
 def test_this_repository_can_be_uploaded() -> None:
     upload = collect(ROOT, [], 20, 100)
     assert {"rlkit/train.py", "conf/config.yaml", "rewards/base.py"} <= set(upload.files)
     assert not any(name.startswith((".git/", ".venv/", "runs/")) for name in upload.files)
 
 
-def test_relative_paths_must_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def path_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What is said of a relative data.path, of a project with files that travel, files that do not, and links."""
     project = tmp_path / "project"
-    make_files(project, "inside.jsonl", "data/left_out.jsonl")
-    make_files(tmp_path, "outside.jsonl")
-    for name in ("inside.jsonl", "data/left_out.jsonl", "../outside.jsonl"):
+    for name in ("inside", "code/within", "code/left_out", "data/left_out", "../outside"):
+        path = project / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"question": f"1 + {i}?", "answer": f"#### {1 + i}"} for i in range(2)]
-        (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (project / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    (project / "code_again").symlink_to("code")
     monkeypatch.chdir(project)
-    upload = collect(project, ["data"], 20, 100)
+    upload = collect(project, ["data", "left_out.jsonl"], 20, 100)
 
-    def problems(path: str, files: Upload | None) -> list[str]:
+    def problems(path: str, *, code: str = "upload") -> list[str]:
         run = load_config([*BASE, "data=jsonl", f"data.path={path}", f"run_dir={tmp_path / 'run'}"])
-        return [str(problem) for problem in relative_path_problems(run, files, project)]
+        found = relative_path_problems(run, upload if code == "upload" else None, project)
+        return [str(problem) for problem in found]
 
-    assert problems("inside.jsonl", upload) == []
-    assert problems(str(project / "data" / "left_out.jsonl"), upload) == []
-    assert "not among the uploaded files" in problems("data/left_out.jsonl", upload)[0]
-    assert "not among the uploaded files" in problems("../outside.jsonl", upload)[0]
-    assert "submit.code=installed" in problems("inside.jsonl", None)[0]
+    return problems
+
+
+def test_relative_paths_must_travel(path_problems: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert path_problems("inside.jsonl") == []
+    assert path_problems(str(tmp_path / "project" / "data" / "left_out.jsonl")) == []
+    assert "not among the uploaded files" in path_problems("data/left_out.jsonl")[0]
+    assert "not among the uploaded files" in path_problems("../outside.jsonl")[0]
+    assert "submit.code=installed" in path_problems("inside.jsonl", code="installed")[0]
+
+
+@pytest.mark.parametrize(
+    "path", ["./code/../inside.jsonl", "link.jsonl", "[inside.jsonl,code/within.jsonl]", "code/with*"]
+)
+def test_what_travels_under_its_name(path: str, path_problems: Callable[..., list[str]]) -> None:
+    assert path_problems(path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "lacking"),
+    [
+        ("[inside.jsonl,data/left_out.jsonl]", "data/left_out.jsonl"),
+        ("data/*.jsonl", "data/left_out.jsonl"),
+        ("code/*.jsonl", "code/left_out.jsonl"),  # the job would find fewer files
+        ("code_again/within.jsonl", "code_again/within.jsonl"),  # a link to a folder
+        ("../project/inside.jsonl", "../project/inside.jsonl"),  # the job's folder has another name
+    ],
+)
+def test_what_does_not_travel_under_its_name(path: str, lacking: str, path_problems: Callable[..., list[str]]) -> None:
+    (problem,) = path_problems(path)
+    assert f"{lacking} is not among the uploaded files" in problem
+
+
+def test_patterns_need_the_folder_too(path_problems: Callable[..., list[str]]) -> None:
+    assert "submit.code=installed" in path_problems("code/with*.jsonl", code="installed")[0]
 
 
 # Resources
@@ -272,6 +380,14 @@ def test_colocated_groups_have_whole_gpus(
     )
     assert missing(demands(run), [Node("n", 64, gpus) for gpus in enough])[0] == []
     assert "not enough GPUs" in missing(demands(run), [Node("n", 64, gpus) for gpus in too_few])[0][0]
+
+
+def test_a_reward_that_is_not_asked_has_no_workers(tmp_path: Path) -> None:
+    recorded = ["algorithm=sft", "rollout.source=data", "cluster=multi_gpu", "cluster.placement=apart"]
+    run = load_config(["model.path=embedded:policy", *recorded, f"run_dir={tmp_path / 'run'}"], elsewhere=())
+    assert run.reward_class.traits(run.reward_config).uses_gpu
+    assert [(demand.what, demand.count) for demand in demands(run) if demand.gpus] == [("learner rank", 8)]
+    assert missing(demands(run), [Node("a", 64, 8)])[0] == []
 
 
 def test_few_cpus_only_warn(tmp_path: Path) -> None:
