@@ -204,6 +204,16 @@ def test_code_that_takes_too_long_is_a_real_zero_and_says_so() -> None:
         assert score.value == 0 and score.components["timeout"] == 1 and "took too long" in score.trace
 
 
+def test_a_value_with_which_a_test_takes_too_long_is_a_real_zero_too() -> None:
+    """The CPU time ends in the tests' process, not in the program's."""
+    strict = reward(cpu_seconds=1, wall_seconds=60.0, soft=True)
+    tests = {"tests": ["assert f(1) == 10**12", "for _ in range(f(3)): pass"]}
+    (score,) = scores(strict, tests, fenced("def f(x): return 10**12"))
+    strict.close()
+    assert score.components == {"correct": 0, "passed": 0.5, "timeout": 1}, score.reason
+    assert score.value == 0.5 and "took too long" in score.trace
+
+
 def test_what_a_program_says_can_be_written_to_a_file(started: CodeReward) -> None:
     deep = "y = []\nfor _ in range(900): y = [y]\ndef f(x): return y"
     for tests in (ASSERTS, {"inputs": [[1]], "outputs": [2], "fn_name": "f"}):
