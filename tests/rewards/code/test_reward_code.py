@@ -196,6 +196,19 @@ def test_a_row_without_usable_tests_is_invalid_and_not_zero(started: CodeReward)
         assert not score.valid and score.reason.startswith("bad_tests: ")
 
 
+def test_tests_that_are_no_valid_text_spoil_their_own_row_alone(started: CodeReward) -> None:
+    right = fenced("print(input())")
+    half = [
+        {"tests": '{"inputs": ["\\ud83d"], "outputs": ["x"]}'},
+        {"tests": '{"inputs": ["x"], "outputs": [["\\ud83d"]]}'},
+    ]
+    groups = [group(columns, right) for columns in (*half, {"tests": {"inputs": ["x"], "outputs": ["x"]}})]
+    first, second, third = (scored.samples[0] for scored in started.score(groups))
+    for score in (first, second):
+        assert not score.valid and score.reason.startswith("bad_tests: ") and "valid text" in score.reason
+    assert third.value == 1
+
+
 def test_code_that_takes_too_long_is_a_real_zero_and_says_so() -> None:
     quick = reward(wall_seconds=1.0)
     hung, slow = scores(quick, {"tests": ASSERTS}, fenced("while True: pass"), fenced("import time\ntime.sleep(500)"))
