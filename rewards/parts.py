@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardTraits
+from rlkit.experience.section import Deadline
 
 
 def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
@@ -17,6 +18,29 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
 
     kind: type[Reward] = import_part("reward", section.get("_target_"))
     return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
+
+
+class OutcomeConfig(RewardConfig):
+    """Fields of a reward that learns from the values of another one, which a subclass names in its field `outcome`."""
+
+    timeout_seconds: Deadline = 120.0
+    """Deadline of one scoring call; by default 120 s and the outcome's own. After it the worker is replaced and the
+    call tried once more."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _time_for_the_outcome(cls, section: Any) -> Any:
+        if not isinstance(section, Mapping) or "timeout_seconds" in section:
+            return section
+        outcome = section.get("outcome", cls.model_fields["outcome"].default)
+        if not isinstance(outcome, Mapping):
+            return section
+        try:
+            _, options = load_part(outcome)
+        except (ValueError, TypeError):  # `check` says what is wrong with it
+            return section
+        own = cls.model_fields["timeout_seconds"].default
+        return {**section, "timeout_seconds": own + options.timeout_seconds}
 
 
 def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
@@ -33,12 +57,13 @@ def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
         columns=outcome.columns,
         samples=outcome.samples,
         environment=own.environment or outcome.environment,
+        steps=own.steps or outcome.steps,
         outcome_rewards=own.outcome_rewards and outcome.outcome_rewards,
     )
 
 
-def outcome_problems(section: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `reward.outcome`, the reward whose values another one learns from."""
+def outcome_problems(section: Mapping[str, Any], timeout_seconds: float) -> list[str]:
+    """What is wrong with `reward.outcome`, the reward whose values another one with this deadline learns from."""
     from rlkit.config.parts import PartError
 
     try:
@@ -48,7 +73,22 @@ def outcome_problems(section: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         return [f"reward.outcome.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
     messages = [f"reward.outcome: {message}" for message in kind.check(options)]
-    if kind.traits(options).process_rewards:
+    for name in ("workers", "max_failed_share"):
+        if (value := getattr(options, name)) != type(options).model_fields[name].default:
+            messages.append(f"reward.outcome.{name}={value}: has no effect in an outcome; set reward.{name}")
+    if options.timeout_seconds >= timeout_seconds:
+        messages.append(
+            f"reward.timeout_seconds={timeout_seconds:g}: the outcome is judged first and may take "
+            f"{options.timeout_seconds:g} s, which leaves nothing for the rest; set more than that, or lower "
+            "reward.outcome.timeout_seconds"
+        )
+    traits = kind.traits(options)
+    if traits.update_when != "none" or traits.follows_policy:
+        messages.append(
+            f"reward.outcome: {kind.__name__} learns, keeps running statistics or follows the policy, and nothing "
+            "updates an outcome; name a reward that stays as it is, or combine both rewards: 'reward=[NAME,NAME]'"
+        )
+    if traits.process_rewards:
         messages.append(
             f"reward.outcome: the process rewards of {kind.__name__} would be lost; combine both rewards: "
             "'reward=[NAME,NAME]'"

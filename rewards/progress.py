@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rewards.base import RewardConfig, RewardContext, RewardTraits, TrainableReward
-from rewards.parts import load_part, outcome_problems, with_outcome
+from rewards.base import RewardContext, RewardTraits, TrainableReward
+from rewards.parts import OutcomeConfig, load_part, outcome_problems, with_outcome
 from rlkit.experience import Group, GroupScores, Sample, Score
 from rlkit.experience.types import SpanReward
 
@@ -32,7 +32,7 @@ OUTCOME = {"_target_": "rewards.environment.EnvironmentReward", "per_turn": Fals
 
 
 class ProgressReward(TrainableReward):
-    class Config(RewardConfig):
+    class Config(OutcomeConfig):
         model_path: str = "embedded:agent"
         """Folder of the frozen model whose states are read: the policy's, or another one with its tokenizer."""
         outcome: dict[str, Any] = Field(default=OUTCOME)
@@ -71,7 +71,7 @@ class ProgressReward(TrainableReward):
     def check(cls, config: Any) -> list[str]:
         from rlkit.models.folder import ModelFolderError, check_model_folder
 
-        messages = [*super().check(config), *outcome_problems(config.outcome)]
+        messages = [*super().check(config), *outcome_problems(config.outcome, config.timeout_seconds)]
         try:
             check_model_folder(config.model_path)
         except ModelFolderError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.services.sandbox import Isolation, Run, Unavailable, decode
+from rlkit.experience.texts import encodable
 
 
 class BadTests(ValueError): ...
@@ -105,11 +106,13 @@ def _input_output(value: Mapping[str, Any], setup: str) -> Tests:
 
 
 def _whole_lines(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    raise BadTests(f"inputs and outputs must be texts or lists of lines, not {str(value)[:80]!r}")
+    lines = value if isinstance(value, list) else [value]
+    if not all(isinstance(line, str) for line in lines):
+        raise BadTests(f"inputs and outputs must be texts or lists of lines, not {str(value)[:80]!r}")
+    text = "\n".join(lines)
+    if text != encodable(text):
+        raise BadTests(f"an input or output is no valid text, which no program reads or prints: {text[:80]!r}")
+    return text
 
 
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
@@ -215,9 +218,7 @@ class Judge:
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
         """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
         (`time.monotonic()`) comes before the code's."""
-        try:
-            code.encode()
-        except UnicodeEncodeError:
+        if code != encodable(code):
             return Verdict(0, len(_tests_of(tests)), False, "the code is no valid text")
         if isinstance(tests, AssertTests):
             return self._asserts(code, tests, deadline)

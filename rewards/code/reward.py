@@ -13,6 +13,7 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.code.judge import BadTests, Judge, Tests, last_python_block, read_tests
 from rewards.services.sandbox import Isolation, SandboxOptions, Unavailable
 from rlkit.experience import Group, GroupScores, Prompt, Score
+from rlkit.experience.texts import encodable
 
 
 class CodeReward(Reward):
@@ -93,14 +94,14 @@ class CodeReward(Reward):
         try:
             verdict = judge.judge(text if code is None else code, self._tests(prompt), deadline)
         except BadTests as error:
-            return Score.invalid(_text(f"bad_tests: {error}"))
+            return Score.invalid(encodable(f"bad_tests: {error}"))
         except Unavailable as error:
-            return Score.invalid(_text(f"sandbox: {error}"))
+            return Score.invalid(encodable(f"sandbox: {error}"))
         except TimeoutError:
             return Score.invalid("timeout: the time for this call of the reward was used up")
         correct, share = float(verdict.passed == verdict.total), verdict.passed / verdict.total
         components = {"correct": correct, "passed": share, "timeout": float(verdict.timeout)}
-        return Score(share if self.config.soft else correct, components=components, trace=_text(verdict.trace))
+        return Score(share if self.config.soft else correct, components=components, trace=encodable(verdict.trace))
 
     def _tests(self, prompt: Prompt) -> Tests:
         config = self.config
@@ -118,10 +119,6 @@ class CodeReward(Reward):
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.config.processes, thread_name_prefix="code")
         return Judge(self._sandbox, self.config.soft, self.config.float_tolerance), self._threads
-
-
-def _text(output: str) -> str:
-    return output.encode(errors="replace").decode()
 
 
 def _texts(group: Group) -> dict[str, None]:

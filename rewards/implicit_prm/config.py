@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rewards.base import RewardConfig, UpdateWhen
+from rewards.base import UpdateWhen
+from rewards.parts import OutcomeConfig
 from rlkit.config.lora import AdapterConfig
 from rlkit.experience.section import LearningRate
 
@@ -15,7 +16,7 @@ PAIRED: tuple[Objective, ...] = ("dpo", "nca")
 """Objectives on pairs of a better and a worse response to one prompt."""
 
 
-class ImplicitPRMConfig(RewardConfig):
+class ImplicitPRMConfig(OutcomeConfig):
     """Defaults are PRIME's (its script and paper), but for the learning rate's scale."""
 
     model_path: str = "embedded:policy"

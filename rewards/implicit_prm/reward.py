@@ -59,7 +59,7 @@ class ImplicitPRM(TrainableReward):
                     check_model_folder(path)
             except ModelFolderError as error:
                 messages.append(f"reward.{name}: {error}")
-        return messages + ([] if config.outcome is None else outcome_problems(config.outcome))
+        return messages + ([] if config.outcome is None else outcome_problems(config.outcome, config.timeout_seconds))
 
     def start(self) -> None:
         """Load both models; equal weights must give log-ratios of zero."""

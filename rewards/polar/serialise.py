@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from rlkit.experience import Group, GroupScores, Message, Score, UserError
+from rlkit.experience.texts import encodable
 
 if TYPE_CHECKING:
     from rlkit.models.packing import Tree
@@ -102,7 +103,7 @@ class Serialiser:
         return prompt + "\n" + response
 
     def _encode_part_uncached(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(without_markers(text), add_special_tokens=True))
+        return tuple(self._tokenizer.encode(without_markers(encodable(text)), add_special_tokens=True))
 
     def _decode_part(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlkit.experience import Message, UserError
+from rlkit.experience.texts import encodable
 
 LONGEST_INPUT = 32768
 """Tokens, where neither the model nor its tokenizer states a limit."""
@@ -99,7 +100,7 @@ class Encoder:
 
     def encode(self, messages: Sequence[Message], response: str) -> Encoded:
         """Raise Unreadable if the template refuses the conversation or the input exceeds `max_length`."""
-        encoded = self._encode(messages, without(response, self._special))
+        encoded = self._encode(messages, without(encodable(response), self._special))
         if len(encoded.ids) > self.max_length:
             raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
         if not encoded.ids:
@@ -108,12 +109,12 @@ class Encoder:
 
     def _encode(self, messages: Sequence[Message], response: str) -> Encoded:
         if self._layout == "pair":
-            prompt = "\n".join(message.content for message in messages)
+            prompt = encodable("\n".join(message.content for message in messages))
             pair = self.tokenizer(prompt, response, truncation=False, verbose=False)
             return Encoded(tuple(pair["input_ids"]), tuple(pair.get("token_type_ids", ())))
         from jinja2 import TemplateError
 
-        chat = [{"role": message.role, "content": message.content} for message in messages]
+        chat = [{"role": message.role, "content": encodable(message.content)} for message in messages]
         chat.append({"role": "assistant", "content": response})
         try:
             text = self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False)

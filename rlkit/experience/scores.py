@@ -210,12 +210,26 @@ def _verdict(score: Score, area: Area) -> float:
 
 
 def played(group: Group, least: Callable[[], int]) -> Group | None:
-    """The group without the samples whose environment broke, which no reward is asked about; itself if there is none,
-    None if fewer than `least` (asked only then) are left."""
-    left = tuple(sample for sample in group.samples if not _broke(sample))
+    """The group without the samples whose environment broke, and without their earlier scores, which no reward is asked
+    about; itself if there is none, None if fewer than `least` (asked only then) are left."""
+    left = [place for place, sample in enumerate(group.samples) if not _broke(sample)]
     if len(left) == len(group.samples):
         return group
-    return replace(group, samples=left) if len(left) >= least() else None
+    if len(left) < least():
+        return None
+    earlier = None if group.scores is None else _scores_at(left, group.scores)
+    return replace(group, samples=tuple(group.samples[place] for place in left), scores=earlier)
+
+
+def _scores_at(places: Sequence[int], scores: GroupScores) -> GroupScores:
+    """The scores of the samples at `places`, counted anew from 0; preferences that involve others are dropped."""
+    new = {place: number for number, place in enumerate(places)}
+    pairs = tuple(
+        replace(pair, winner=new[pair.winner], loser=new[pair.loser])
+        for pair in scores.pairs
+        if pair.winner in new and pair.loser in new
+    )
+    return replace(scores, samples=tuple(scores.samples[place] for place in places), pairs=pairs)
 
 
 def with_broken(scores: GroupScores | None, original: Group) -> GroupScores:
@@ -254,5 +268,4 @@ def without_greedy(scores: GroupScores, original: Group) -> GroupScores:
     if original.greedy is None:
         return scores
     count = len(original.samples)
-    pairs = tuple(pair for pair in scores.pairs if pair.winner < count and pair.loser < count)
-    return GroupScores(scores.samples[:count], pairs, greedy=scores.samples[count])
+    return replace(_scores_at(range(count), scores), greedy=scores.samples[count])

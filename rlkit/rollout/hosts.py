@@ -26,6 +26,7 @@ from rlkit.environments.base import (
 )
 from rlkit.environments.tool import Tool, ToolsChangedError
 from rlkit.experience import Message
+from rlkit.experience.texts import encodable
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _checked(said: Any, method: str) -> tuple[Message, ...]:
     if wrong:
         details = f"{method}() says {_described(wrong[0])}; it may be a text, a Message or a list of Messages"
         raise EpisodeFailedError("wrong_type", details, again=False)
-    return tuple(replace(m, content=m.content.encode(errors="replace").decode()) for m in as_messages(said))
+    return tuple(replace(m, content=encodable(m.content)) for m in as_messages(said))
 
 
 def _described(value: object) -> str:

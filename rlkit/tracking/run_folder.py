@@ -16,6 +16,7 @@ import numpy as np
 from pydantic_core import to_json
 
 from rlkit.experience import UserError
+from rlkit.experience.texts import encodable
 from rlkit.tracking.writer import Writer
 
 
@@ -185,8 +186,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str):
-        # Half of a surrogate pair (a tokenizer's broken emoji) is no valid UTF-8.
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return encodable(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):

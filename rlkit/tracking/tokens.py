@@ -16,6 +16,7 @@ from rlkit.config.tracking import TrackingConfig
 from rlkit.experience import Group, Sample, Score
 from rlkit.experience.scores import total_reward
 from rlkit.experience.steps import token_pieces
+from rlkit.experience.texts import encodable
 from rlkit.experience.types import FloatArray
 from rlkit.tracking.samples import chosen_groups
 
@@ -46,7 +47,7 @@ class Pieces:
             return pieces
         pieces = token_pieces(ids, self.tokenizer)
         if pieces and sample.episode is None and sample.text.startswith(text := "".join(pieces)):
-            pieces[-1] += sample.text[len(text) :].encode("utf-8", "replace").decode()
+            pieces[-1] += encodable(sample.text[len(text) :])
         return pieces
 
 

@@ -21,6 +21,7 @@ from rewards.services.http import (
     json_body,
 )
 from rewards.services.http import Limits as HttpLimits
+from rewards.services.sandbox.inside.service import unsealed
 from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
@@ -85,12 +86,12 @@ class SandboxFusion(Isolation):
         return self._run_inner({"role": "tests", "solution": solution, "tests": tests}, deadline)
 
     def _run_inner(self, job: Job, deadline: float) -> Run:
-        mark = secrets.token_hex(16)
-        run = self._run(_SERVE, json.dumps({**job, "mark": mark}), self._files, deadline)
-        _, marked, answer = run.stdout.partition(mark.encode() + b"\n")
-        if run.ended == "exit" and not marked:
+        key = secrets.token_hex(16)
+        run = self._run(_SERVE, json.dumps({**job, "key": key}), self._files, deadline)
+        answer = tuple(messages(unsealed(run.stdout, key)))  # the first one is `ready`
+        if run.ended == "exit" and not answer:
             raise Unavailable(f"the service could not run the inner process: {run.stderr[-500:]}")
-        return Run(run.ended, run.exit_code, b"", run.stderr, tuple(messages(answer)))
+        return Run(run.ended, run.exit_code, b"", run.stderr, answer[1:])
 
     def _run(self, code: str, stdin: str, files: dict[str, str], deadline: float) -> Run:
         assert self._client is not None, "start() first"

@@ -196,12 +196,35 @@ def test_a_row_without_usable_tests_is_invalid_and_not_zero(started: CodeReward)
         assert not score.valid and score.reason.startswith("bad_tests: ")
 
 
+def test_tests_that_are_no_valid_text_spoil_their_own_row_alone(started: CodeReward) -> None:
+    right = fenced("print(input())")
+    half = [
+        {"tests": '{"inputs": ["\\ud83d"], "outputs": ["x"]}'},
+        {"tests": '{"inputs": ["x"], "outputs": [["\\ud83d"]]}'},
+    ]
+    groups = [group(columns, right) for columns in (*half, {"tests": {"inputs": ["x"], "outputs": ["x"]}})]
+    first, second, third = (scored.samples[0] for scored in started.score(groups))
+    for score in (first, second):
+        assert not score.valid and score.reason.startswith("bad_tests: ") and "valid text" in score.reason
+    assert third.value == 1
+
+
 def test_code_that_takes_too_long_is_a_real_zero_and_says_so() -> None:
     quick = reward(wall_seconds=1.0)
     hung, slow = scores(quick, {"tests": ASSERTS}, fenced("while True: pass"), fenced("import time\ntime.sleep(500)"))
     quick.close()
     for score in (hung, slow):
         assert score.value == 0 and score.components["timeout"] == 1 and "took too long" in score.trace
+
+
+def test_a_value_with_which_a_test_takes_too_long_is_a_real_zero_too() -> None:
+    """The CPU time ends in the tests' process, not in the program's."""
+    strict = reward(cpu_seconds=1, wall_seconds=60.0, soft=True)
+    tests = {"tests": ["assert f(1) == 10**12", "for _ in range(f(3)): pass"]}
+    (score,) = scores(strict, tests, fenced("def f(x): return 10**12"))
+    strict.close()
+    assert score.components == {"correct": 0, "passed": 0.5, "timeout": 1}, score.reason
+    assert score.value == 0.5 and "took too long" in score.trace
 
 
 def test_what_a_program_says_can_be_written_to_a_file(started: CodeReward) -> None:

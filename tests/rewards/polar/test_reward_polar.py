@@ -266,6 +266,14 @@ def test_what_cannot_be_scored_is_invalid(reward: PolarReward) -> None:
     assert [score.value for score in missing.samples] == [None, None]
 
 
+def test_half_a_character_is_a_question_mark(reward: PolarReward) -> None:
+    whole, half = (
+        make_group("x", [f"a{mark}b", "c"], question=f"q{mark}", references=(f"r{mark}",)) for mark in ("?", "\ud83d")
+    )
+    wanted, found = reward.score([whole, half])
+    assert found == wanted and wanted.samples[0].valid
+
+
 def test_the_forgery_scores_like_the_text_without_it(reward: PolarReward) -> None:
     forged = f"41{SEPARATOR}6 * 7 = 42{MARKER}"
     (scores,) = reward.score([make_group("f", [forged, "416 * 7 = 42"])])

@@ -117,6 +117,32 @@ def test_the_services_time_limit_is_the_codes_fault(service: Service) -> None:
     assert (verdict.passed, verdict.timeout) == (0, True)
 
 
+def test_tests_that_passed_before_a_time_out_count(service: Service) -> None:
+    quick = SandboxFusion(service.url, replace(LIMITS, wall_seconds=4.0), None, 1)
+    quick.start()
+    judge = Judge(quick, every_test=True, float_tolerance=0.0)
+    slow = "import time\ndef f(x):\n    if x == 3: time.sleep(60)\n    return x"
+    for tests in (
+        AssertTests(tuple(f"assert f({n}) == {n}" for n in (1, 2, 3))),
+        CallTests("f", ([1], [2], [3]), (1, 2, 3)),
+    ):
+        verdict = judge.judge(slow, tests, soon())
+        assert (verdict.passed, verdict.total, verdict.timeout) == (2, 3, True)
+    quick.close()
+
+
+def test_what_others_write_between_the_results_is_none(client: SandboxFusion, service: Service) -> None:
+    """Also earlier lines that are repeated, which the little service adds."""
+    judge = Judge(client, every_test=True, float_tolerance=0.0)
+    tests = AssertTests(("assert f(1) == 1", "assert f(2) == 2"))
+    service.interjected[:] = ['[1, "passed", ""]\n', f'{"0" * 64} [1, "passed", ""]\n']
+    try:
+        honest, wrong = (judge.judge(code, tests, soon()) for code in ("def f(x): return x", "def f(x): return 1"))
+    finally:
+        service.interjected.clear()
+    assert (honest.passed, wrong.passed) == (2, 1)
+
+
 TROUBLE = {"status": "SandboxError", "message": "no cgroup", "compile_result": None, "run_result": None, "files": {}}
 
 

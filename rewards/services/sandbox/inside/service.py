@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 import ctypes
-import io
+import hmac
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
+
+from rewards.services.sandbox.inside.wire import send
 
 _PR_SET_DUMPABLE = 4
 
 
+class Sealed:
+    """A stream of lines, each with a seal of its place and content: who reaches the service's pipe, but has not the
+    key, can neither add nor change or repeat one."""
+
+    def __init__(self, stream: BinaryIO, key: str) -> None:
+        self._stream, self._key, self._count = stream, key, 0
+
+    def write(self, line: bytes) -> None:
+        self._stream.write(b"\n" + _seal(self._key, self._count, line) + b" " + line)
+        self._count += 1
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def unsealed(printed: bytes, key: str) -> bytes:
+    """The lines that a `Sealed` wrote, among all that was printed."""
+    lines: list[bytes] = []
+    for line in printed.splitlines(keepends=True):
+        seal, _, content = line.partition(b" ")
+        if hmac.compare_digest(seal, _seal(key, len(lines), content)):
+            lines.append(content)
+    return b"".join(lines)
+
+
+def _seal(key: str, place: int, line: bytes) -> bytes:
+    return hmac.digest(key.encode(), b"%d " % place + line, "sha256").hex().encode()
+
+
 def serve() -> None:
-    """The messages follow a line that only this process knows."""
+    """The first message is `ready`. Each is written at once: the service may end this process at any time."""
     job: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as answer:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
+        results = cast("BinaryIO", Sealed(answer, job["key"]))
         if job["role"] == "calls":
             from rewards.services.sandbox.inside.solution import answer_calls
 
-            answer.write(job["mark"].encode() + b"\n")
-            answer.flush()
-            answer_calls(job["job"], answer)
+            send(results, "ready")
+            answer_calls(job["job"], results)
         else:
-            answer.write(job["mark"].encode() + b"\n" + _run_tests(job["solution"], job["tests"]))
-        answer.flush()
+            _close_to_others()
+            send(results, "ready")
+            _run_tests(job["solution"], job["tests"], results)
         os._exit(0)
 
 
-def _run_tests(solution: dict[str, Any], tests: dict[str, Any]) -> bytes:
+def _close_to_others() -> None:
     """Not dumpable: processes of the same user, like the solution's, can neither trace this one nor read its memory
     and open files in /proc, unless the service gives its programs CAP_SYS_PTRACE."""
-    from rewards.services.sandbox.inside.tester import run_tests
-
     if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError("this process cannot be closed to the solution's")
+
+
+def _run_tests(solution: dict[str, Any], tests: dict[str, Any], results: BinaryIO) -> None:
+    from rewards.services.sandbox.inside.tester import run_tests
+
     requests_out, requests_in = os.pipe()
     replies_out, replies_in = os.pipe()
     numbers = (os.open(os.devnull, os.O_WRONLY), requests_out, replies_in)
@@ -53,9 +88,6 @@ def _run_tests(solution: dict[str, Any], tests: dict[str, Any]) -> bytes:
         child = subprocess.Popen([sys.executable, "-I", "-c", script], stdin=job, stdout=1, pass_fds=numbers)
     for number in numbers:
         os.close(number)
-    messages = io.BytesIO()
-    requests: BinaryIO = os.fdopen(requests_in, "wb")
-    run_tests(tests, requests, os.fdopen(replies_out, "rb"), messages)
+    run_tests(tests, os.fdopen(requests_in, "wb"), os.fdopen(replies_out, "rb"), results)
     child.kill()
     child.wait()
-    return messages.getvalue()
