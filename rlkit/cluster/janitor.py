@@ -22,7 +22,8 @@ TOKEN = "RLKIT_RUN_TOKEN"
 SECONDS = 300.0
 """Deadline for the run's processes to end; after it nothing is removed. More than twice END_SECONDS of rlkit/run.py."""
 ORPHANS_SECONDS = 5.0
-"""For the processes of a killed driver; then they are killed. Ray's agents would call a dead Ray for a minute."""
+"""For processes that outlive their driver; then they are killed. Ray's agents would call a dead Ray for a minute, and
+an actor that Ray was ending may stay."""
 ORDERLY, FAILED = b"orderly", b"failed"
 _LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
 """Prefixes of the semaphores and shared memory of Python, torch and NCCL."""
@@ -57,12 +58,16 @@ def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
 
 
 def _clear_away(token: str, folder: Path, logs: Path) -> None:
+    driver = os.getppid()
     ending = sys.stdin.buffer.read()  # empty: the driver was killed
     began = time.monotonic()
+    alone: float | None = None
     shared: set[Path] = set()
-    while (left := _processes(token)) and time.monotonic() < began + SECONDS:
+    while (left := _processes(token)) and (now := time.monotonic()) < began + SECONDS:
         shared |= _shared_by(left)
-        if not ending and time.monotonic() > began + ORPHANS_SECONDS:
+        if alone is None and (not ending or os.getppid() != driver):  # it may still be ending Ray
+            alone = now
+        if alone is not None and now > alone + ORPHANS_SECONDS:
             _kill(left)
         time.sleep(0.2)
     if left:
