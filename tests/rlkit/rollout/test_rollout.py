@@ -389,6 +389,6 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost_or_sampled_twice(
 
 def test_a_worker_that_dies_too_often_ends_the_run(pool: RolloutPool) -> None:
     """Last: it leaves no worker."""
-    pool.health[0] = replace(pool.health[0], max_restarts=1)
+    pool.health[0] = replace(pool.health[0], restarts=1, max_restarts=1)
     with pytest.raises(RolloutFailedError, match=r"after 1 replacements \(rollout\.max_restarts\)"):
         run(kill_in_mid_stream(pool, [request(f"z{i}", prompt(9, i), samples=8) for i in range(40)]))
