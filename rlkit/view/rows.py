@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from rlkit.experience.texts import encodable
+
 CHECKED_BYTES = 1024
 """Hashed before the place where reading goes on. A resumed run cuts its files and writes on, perhaps beyond that
 place; a copy that is synchronised anew has another inode and the same beginning."""
@@ -89,8 +91,7 @@ def whole(value: Any) -> int | None:
 
 
 def text(value: Any) -> str | None:
-    """Half a surrogate pair is no UTF-8."""
-    return None if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
+    return None if value is None else encodable(str(value))
 
 
 def listed(value: Any) -> list[Any]:
