@@ -126,11 +126,15 @@ class RewardPart:
         return {TARGET: self.target, **self.options.model_dump(mode="json"), **self.config.model_dump(mode="json")}
 
 
+NO_SOURCE = {"use_attribute_docstrings": False}
+"""For models that no file describes: pydantic would look through every loaded module for each of them."""
+
+
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
     """Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
-    return create_model(f"{kind.__name__}Part", __base__=(options, own))
+    return create_model(f"{kind.__name__}Part", __base__=(options, own), __cls_kwargs__=NO_SOURCE)
 
 
 def read_part(name: str, section: Any) -> RewardPart:
@@ -224,7 +228,7 @@ def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type
         return plain
     strict = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     sections = create_model("Parts", __config__=strict, **fields)
-    return create_model("Combined", __base__=CombinedFields, parts=(sections, ...))
+    return create_model("Combined", __base__=CombinedFields, __cls_kwargs__=NO_SOURCE, parts=(sections, ...))
 
 
 def read_parts(config: CombinedConfig) -> tuple[RewardPart, ...]:
