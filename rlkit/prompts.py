@@ -60,7 +60,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         )
     for doubt in _doubts(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer)):
         tracker.warn(doubt)
-    source, from_data, algorithm = resolved.make_data_source(), rollout.source == "data", resolved.make_algorithm()
+    source, from_data, algorithm = resolved.source, rollout.source == "data", resolved.make_algorithm()
     labelled = reads_recorded_labels(rollout, algorithm)
     # A frozen model's samples say nothing of the policy, but what the data know does.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))

@@ -325,7 +325,7 @@ async def _start(
         reward=reward,
         buffer=buffer,
         producer=Producer(
-            order_of(data.train, config.seed, resolved.make_data_source().weights()),
+            order_of(data.train, config.seed, resolved.source.weights()),
             RecordedResponses() if pool is None or rollout.source == "data" else pool,
             reward,
             buffer,

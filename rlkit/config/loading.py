@@ -301,6 +301,7 @@ class _RunLoading(Loading):
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str] | None) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
+        self.source: Any = None
 
     def check(self) -> None:
         if "algorithm" in self.parts and "trainer" in self.available:
@@ -321,6 +322,7 @@ class _RunLoading(Loading):
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
+        self.source = checked.get("data")
         checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
         self._leave_out_what_does_not_start(checked)
         for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
@@ -377,6 +379,7 @@ class _RunLoading(Loading):
         }
         run = ResolvedRun(
             config=RunConfig(**self.available, **full),
+            source=self.source,
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
             origins={key: self.sources.origin(key) for key in ("learner.learning_rate", "critic.learning_rate")},

@@ -121,8 +121,6 @@ class HeldoutSet:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Cheap to pickle: classes travel by name."""
-
     config: RunConfig
     """All values filled in, also those of the swappable parts (`config.reward["_target_"]`, ...)."""
     algorithm_class: type[Algorithm]
@@ -133,6 +131,8 @@ class ResolvedRun:
     data_config: DataConfig
     verifier_class: type[Reward]
     verifier_config: RewardConfig
+    source: DataSource
+    """Of `data_class`, as the checks looked at it: what it has drawn or read for them is there."""
     environment_class: type[Environment] | None = None
     environment_config: EnvironmentConfig | None = None
     sets: Mapping[str, HeldoutSet] = field(default_factory=dict)
@@ -146,15 +146,10 @@ class ResolvedRun:
     def make_algorithm(self) -> Algorithm:
         return self.algorithm_class(self.algorithm_config)
 
-    def make_data_source(self) -> DataSource:
-        return self._source(self.data_class, self.data_config)
-
     def make_set(self, name: str) -> DataSource:
         """The source of a further held-out set."""
-        return self._source(self.sets[name].source, self.sets[name].config)
-
-    def _source(self, cls: type[DataSource], config: DataConfig) -> DataSource:
-        return make_source(cls, config, self.config.seed, self.environment_class, self.environment_config)
+        one = self.sets[name]
+        return make_source(one.source, one.config, self.config.seed, self.environment_class, self.environment_config)
 
 
 def make_source(

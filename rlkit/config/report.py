@@ -284,8 +284,7 @@ def _held_out(run: ResolvedRun) -> Iterator[Line]:
 
 
 def _problems(run: ResolvedRun, split: Split) -> Sequence[Problem]:
-    source = run.make_data_source()
-    return _few(source, lambda: source.load(split))
+    return _few(run.source, lambda: run.source.load(split))
 
 
 def _few(source: DataSource, load: Callable[[], tuple[Sequence[Problem], object]]) -> Sequence[Problem]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -113,10 +114,15 @@ class Arithmetic(DataSource):
 
     def preview(self, split: Split) -> list[Problem]:
         few = {f"{split}_problems": min(PREVIEWED, getattr(self.config, f"{split}_problems"))}
-        return [_as_problem(problem) for problem in draw_problems(self.config.model_copy(update=few), split)]
+        return list(_previewed(self.config.model_copy(update=few), split))
 
     def provides(self) -> frozenset[str]:
         return frozenset({"answer", "references"})
+
+
+@lru_cache(maxsize=8)  # several checks of a configuration look at them
+def _previewed(config: ArithmeticConfig, split: Split) -> tuple[Problem, ...]:
+    return tuple(_as_problem(problem) for problem in draw_problems(config, split))
 
 
 def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:

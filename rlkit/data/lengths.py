@@ -7,11 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkit.data.base import DataError, Problem
 from rlkit.models.usable import default_template
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MOST_TEXTS = 256
 """That are tokenised, or one more than may be skipped."""
@@ -107,6 +111,23 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 def _rendered(problems: Sequence[Problem], template: str, variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(text, origin) as transformers renders it; without the conversations that the template refuses."""
     from jinja2 import TemplateError
+
+    try:
+        compiled = _compiled(template)
+    except TemplateError:  # reported by the start, or by the check of a template of the user's
+        return
+    for problem in problems:
+        messages = [{"role": message.role, "content": message.content} for message in problem.question]
+        try:
+            text = compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
+        except TemplateError:
+            continue
+        yield text, problem.origin
+
+
+@lru_cache(maxsize=8)  # one for all splits
+def _compiled(template: str) -> Template:
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
@@ -117,17 +138,7 @@ def _rendered(problems: Sequence[Problem], template: str, variables: Mapping[str
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    try:
-        compiled = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
-    except TemplateError:  # reported by the start, or by the check of a template of the user's
-        return
-    for problem in problems:
-        messages = [{"role": message.role, "content": message.content} for message in problem.question]
-        try:
-            text = compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
-        except TemplateError:
-            continue
-        yield text, problem.origin
+    return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
 
 
 def _counter(folder: Path) -> Callable[[str], int]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Literal
 
 from pydantic import Field
@@ -120,8 +120,8 @@ def _apart(cell: str, other: str) -> int:
 
 def _maze(config: MazeConfig, rng: random.Random) -> dict[str, list[str]]:
     """For each cell the moves that no wall stops: a random tree of passages, and further ones."""
-    cells = [(column, row) for column in range(config.size) for row in range(config.size)]
-    beside_ = {cell: list(_neighbours(cell, config.size)) for cell in cells}
+    beside_ = _neighbours(config.size)
+    cells = list(beside_)
     passages: set[tuple[Cell, Cell]] = set()
     reached, edge = {cells[0]}, [(cells[0], other) for other in beside_[cells[0]]]
     while edge:
@@ -140,8 +140,10 @@ def _maze(config: MazeConfig, rng: random.Random) -> dict[str, list[str]]:
     }
 
 
-def _neighbours(cell: Cell, size: int) -> Iterable[Cell]:
-    for right, up in MOVES.values():
-        column, row = cell[0] + right, cell[1] + up
-        if 0 <= column < size and 0 <= row < size:
-            yield column, row
+@lru_cache
+def _neighbours(size: int) -> Mapping[Cell, Sequence[Cell]]:
+    cells = [(column, row) for column in range(size) for row in range(size)]
+    return {
+        (column, row): [c for right, up in MOVES.values() if (c := (column + right, row + up)) in cells]
+        for column, row in cells
+    }

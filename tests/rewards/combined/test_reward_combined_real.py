@@ -52,6 +52,7 @@ def test_rule_where_there_is_an_answer_and_polar_weighted_everywhere() -> None:
     assert combined[0].samples[0].value == max(score.value or -9.0 for score in combined[0].samples)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_running_statistics_count_in_the_reward_s_process() -> None:

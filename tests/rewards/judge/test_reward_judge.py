@@ -382,7 +382,14 @@ def test_needs() -> None:
     assert references(reference="required") and references(mode="pairwise", against="reference")
 
 
-@pytest.mark.parametrize("options", [{"reference": "required"}, {"mode": "pairwise"}, {"mode": "listwise"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": "required"},
+        pytest.param({"mode": "pairwise"}, marks=pytest.mark.slow),
+        pytest.param({"mode": "listwise"}, marks=pytest.mark.slow),
+    ],
+)
 def test_it_keeps_the_contract(server: JudgeServer, options: dict[str, Any], repository: Path) -> None:
     given = json.dumps({"base_url": server.url, "model": "judge", **options})
     environment = {**os.environ, "REWARD": "rewards.judge.reward.JudgeReward", "REWARD_OPTIONS": given}

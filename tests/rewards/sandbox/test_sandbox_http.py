@@ -117,6 +117,7 @@ def test_the_services_time_limit_is_the_codes_fault(service: Service) -> None:
     assert (verdict.passed, verdict.timeout) == (0, True)
 
 
+@pytest.mark.slow
 def test_tests_that_passed_before_a_time_out_count(service: Service) -> None:
     quick = SandboxFusion(service.url, replace(LIMITS, wall_seconds=4.0), None, 1)
     quick.start()

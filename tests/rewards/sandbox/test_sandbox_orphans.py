@@ -91,6 +91,7 @@ def start_parent(script: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_what_is_not_tied_to_its_parent_when_that_is_killed_ends_with_the_run(folder: Path) -> None:
     """bwrap asks the kernel to die with its parent, then lets its inner process go on, which waits for ever if it is
     killed in these 40 microseconds. Here nothing ever asks."""

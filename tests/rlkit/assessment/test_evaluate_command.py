@@ -362,6 +362,7 @@ def test_the_sets_of_a_run_are_asked_too(trained: Path, data: Path, tmp_path: Pa
     assert "the answers are recorded" in problems(*recorded)
 
 
+@pytest.mark.slow
 def test_each_set_has_numbers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Asked of a server that adds, and cannot add above 10."""
 

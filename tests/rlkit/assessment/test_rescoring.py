@@ -83,6 +83,7 @@ def test_the_same_command_goes_on_where_it_was_cut_off(tmp_path: Path, capsys: p
     assert file.read_text() == "".join([head, *kept[:3], *rows[2:]])
 
 
+@pytest.mark.slow
 def test_answers_to_sets_are_rescored_with_the_columns_of_their_own_data(tmp_path: Path) -> None:
     """Rows of both files have the same ids."""
     for name, right, options in (("own", "A", ["red", "blue"]), ("hard", "B", ["blue", "red"])):

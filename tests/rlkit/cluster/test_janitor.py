@@ -28,7 +28,7 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "orderly"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "orderly"])
 def test_what_outlives_its_driver_is_ended(how: str, tmp_path: Path) -> None:
     """Not while an orderly driver lives: it may take its time with Ray."""
     driver = subprocess.Popen(

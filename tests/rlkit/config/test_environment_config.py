@@ -60,16 +60,16 @@ def test_a_run_without_one_says_so_and_reads_older_files(load: Load, tmp_path: P
 def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> None:
     run = load(*COUNTING, "environment.numbers=5")
     assert run.environment_class is counting.Counting
-    problems, _ = run.make_data_source().load("train")
+    problems, _ = run.source.load("train")
     assert [problem.id for problem in problems] == [f"train-{n}" for n in range(5)]
-    assert run.make_data_source().provides() == {"answer", "start"}
+    assert run.source.provides() == {"answer", "start"}
     text = plan_text(plan(run))
     assert "counting.Counting" in text and "in the rollout workers" in text and "at most 3 turns" in text
     file = tmp_path / "again.yaml"
     file.write_text(config_text(run.config))
     assert load(file=file).config == run.config
     changed = load("environment.numbers=4", file=file)
-    assert len(changed.make_data_source().load("train")[0]) == 4
+    assert len(changed.source.load("train")[0]) == 4
     beside = plan_text(plan(load(*COUNTING, "environment.placement=worker", "environment.workers=2")))
     assert "2 processes beside each rollout worker, up to 64 episodes each" in beside
     assert "host, environment worker" in beside

@@ -244,7 +244,7 @@ def test_the_plan_counts_what_is_held_out_and_says_where_it_comes_from(load: Loa
         "held out": "20 problems, drawn (data.heldout_problems)"
     }
     words = ["data=jsonl", f"data.path={train}"]
-    own = load(*words).make_data_source().load("heldout")[0]
+    own = load(*words).source.load("heldout")[0]
     assert told(*words, *hard) == {
         "held out": f"{len(own)} problems, 0.05 of the questions of {train} (data.heldout_share)",
         "held out, hard": f"30 problems of {test} (evaluation.sets.hard)",

@@ -45,7 +45,7 @@ def living(folder: Path) -> list[int]:
     [
         pytest.param("exit 0", "exit 0", 0, "", marks=pytest.mark.slow),
         pytest.param("sleep", "exit 3", 3, "", marks=pytest.mark.slow),
-        ("sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; the others end\n"),
+        pytest.param("sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; the others end\n", marks=pytest.mark.slow),
         pytest.param(
             "exit 0",
             "stop",

@@ -167,9 +167,8 @@ def test_errors_exit_1_with_a_message_and_bugs_with_their_place(
     assert not (tmp_path / "b" / "summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_in_order(repository: Path, tmp_path: Path, number: int, code: int) -> None:
     run = tmp_path / "run"
     arguments = ["reward._target_=test_train_reward.Echo", "reward.behaviour=slow", f"run_dir={run}"]

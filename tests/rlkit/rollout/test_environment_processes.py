@@ -80,7 +80,12 @@ def test_an_episode_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     with_host(tmp_path, work)
 
 
-@pytest.mark.parametrize("word", ["sleep_in_c", "hang_in_c", "spin", "await_long"])
+HANGS = ("sleep_in_c", "hang_in_c", "spin", "await_long")
+
+
+@pytest.mark.parametrize(
+    "word", [pytest.param(word, marks=[pytest.mark.slow] * (word in ("sleep_in_c", "spin"))) for word in HANGS]
+)
 def test_a_step_that_hangs_fails_alone(tmp_path: Path, word: str) -> None:
     async def work(host: ProcessHost) -> None:
         await opened(host, "a", "b")
@@ -144,6 +149,7 @@ def test_a_process_that_dies_between_steps_may_be_any_episodes_doing(tmp_path: P
     with_host(tmp_path, work)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_between_steps_is_replaced(tmp_path: Path) -> None:
     async def work(host: ProcessHost) -> None:
         await opened(host, "a")

@@ -70,6 +70,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             ray.kill(worker)
 
 
+@pytest.mark.slow
 def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
     run(check())
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_once_they_are_accepted(
     make_pool: MakePool, script: Script
 ) -> None:
@@ -128,6 +130,7 @@ def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_
     run(check())
 
 
+@pytest.mark.slow
 def test_a_frozen_model_waits_for_no_weights(make_pool: MakePool) -> None:
     async def check() -> None:
         pool = make_pool(source="model")
@@ -237,6 +240,7 @@ def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
     run(check())
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_named_with_the_groups_it_owes(make_pool: MakePool, script: Script) -> None:
     async def check() -> None:
         pool = await started(make_pool(workers=2))

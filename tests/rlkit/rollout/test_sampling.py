@@ -24,7 +24,7 @@ from rlkit.models.folder import model_folder
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 FOLDER = model_folder("embedded:policy")
 TOKENIZER = load_tokenizer(FOLDER)
 EOS = TOKENIZER.eos_token_id

@@ -77,9 +77,9 @@ def test_every_failure_is_masked_named_counted_and_the_next_call_works() -> None
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("start", "cannot start: the model store does not answer"),
+        pytest.param("start", "cannot start: the model store does not answer", marks=pytest.mark.slow),
         ("update", "failed: the teacher does not answer"),
-        ("hang", "waited more than reward.timeout_seconds=1 s for `learn`"),
+        pytest.param("hang", "waited more than reward.timeout_seconds=1 s for `learn`", marks=pytest.mark.slow),
     ],
 )
 def test_a_rewards_own_timeout_is_not_taken_for_the_pools(where: str, said: str) -> None:

@@ -163,7 +163,9 @@ def test_a_web_page_under_another_name_gets_nothing(rule: Server) -> None:
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
-        ("hang", "timeout: no answer within reward.timeout_seconds=1 of the server"),
+        pytest.param(
+            "hang", "timeout: no answer within reward.timeout_seconds=1 of the server", marks=pytest.mark.slow
+        ),
         ("hang in C", "timeout: no answer within reward.timeout_seconds=1 of the server"),
         ("die", "crash: the reward's process"),
         ("raise", "exception: RuntimeError: the judge is offline"),
@@ -185,6 +187,7 @@ def test_a_reward_that_fails_is_invalid_and_the_server_goes_on(broken: Server, o
     assert not psutil.pid_exists(before["pid"]) or not replaced, "a replaced process is gone"
 
 
+@pytest.mark.slow
 def test_a_bad_request_does_not_spoil_those_scored_with_it(broken: Server) -> None:
     with ThreadPoolExecutor(4) as threads:
         hung = threads.submit(broken.post, misbehaving("hang"))  # occupies the process; the others wait
@@ -198,6 +201,7 @@ def test_a_bad_request_does_not_spoil_those_scored_with_it(broken: Server) -> No
     assert fine == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_back(broken: Server) -> None:
     with ThreadPoolExecutor(8) as threads:
         hung = threads.submit(broken.post, misbehaving("hang"))
@@ -212,6 +216,7 @@ def test_a_full_queue_says_when_to_come_back(broken: Server) -> None:
             assert "samples wait already" in answer.json()["error"]
 
 
+@pytest.mark.slow
 def test_what_nobody_waits_for_is_not_scored(broken: Server) -> None:
     with ThreadPoolExecutor(2) as threads:
         hung = threads.submit(broken.post, misbehaving("hang"))
@@ -230,6 +235,7 @@ def test_a_request_for_too_many_samples_is_told_the_limit(broken: Server) -> Non
     assert len(scores(broken.post(make_group("one group is never cut", ["a"] * 9)))) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_open_requests_finish_and_nothing_is_left(tmp_path: Path, number: int) -> None:
     server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.timeout_seconds=3", "serve.end_seconds=60").ready()
@@ -243,6 +249,7 @@ def test_open_requests_finish_and_nothing_is_left(tmp_path: Path, number: int) -
     assert left_after(family, 5) == []
 
 
+@pytest.mark.slow
 def test_a_killed_server_takes_a_hung_reward_along(tmp_path: Path) -> None:
     server = Server(tmp_path / "log.txt", "reward._target_=reward_samples.Misbehaving").ready()
     with ThreadPoolExecutor(1) as threads:
@@ -261,6 +268,7 @@ def test_a_reward_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert "reward reward_samples.Misbehaving cannot start: ValueError: the model folder is empty" in server.text
 
 
+@pytest.mark.slow
 def test_ending_while_it_loads(tmp_path: Path) -> None:
     server = Server(tmp_path / "log.txt", "reward=polar")
     deadline = time.monotonic() + 30

@@ -119,6 +119,7 @@ class Noting(RewardProcess):
         return await super().score(groups, client_seconds)
 
 
+@pytest.mark.slow
 def test_a_second_try_lasts_no_longer_than_its_client_waits() -> None:
     async def run() -> None:
         worker = Noting("reward_samples.Misbehaving", {}, RewardContext(), 60.0, 1.0)

@@ -157,6 +157,7 @@ def test_a_cancelled_call_frees_its_worker() -> None:
     run(check())
 
 
+@pytest.mark.slow
 def test_calls_run_side_by_side_on_several_workers() -> None:
     async def check() -> None:
         rewards = pool(workers=2)

@@ -90,7 +90,7 @@ def test_a_reward_that_has_learnt_keeps_it_where_scoring_is_called_off(tmp_path:
     in_pool(tmp_path, check)
 
 
-@pytest.mark.parametrize("death", ["in a call", "while idle"])
+@pytest.mark.parametrize("death", ["in a call", pytest.param("while idle", marks=pytest.mark.slow)])
 def test_a_reward_that_has_learnt_and_dies_ends_the_run(death: str, tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         await pool.learn([GROUP], "after", Stored())
@@ -149,6 +149,7 @@ def test_a_follower_that_dies_of_the_weights_ends_the_run(tmp_path: Path) -> Non
     in_pool(tmp_path, check, learns=False)
 
 
+@pytest.mark.slow
 def test_what_a_reward_waits_for_is_named(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         async def line() -> str:
