@@ -125,7 +125,7 @@ def main() -> None:
     order = PromptOrder([Prompt(str(i), (), tuple(ids)) for i, ids in enumerate(prompts)], work["seed"])
     llm = engine(model, work["new_tokens"])
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-8)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-8, fused=True)
     flat = torch.empty(sum(parameter.numel() for parameter in policy.parameters()))
     ways, steps = [batches_of_equal_length, batches_of_similar_length], []
     for step in range(work["steps"]):

@@ -138,7 +138,7 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
         [group for group in groups if group["params"]],  # an adapter has matrices alone
         lr=config.learning_rate,
         betas=config.betas,
-        fused=device == "cuda",  # torch's default there takes temporaries of 8 bytes per parameter
+        fused=True,  # torch's default on CUDA takes temporaries of 8 bytes per parameter, and on CPU four times as long
     )
     _evaluate_always(module)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config, device))

@@ -6,7 +6,7 @@ with soft-capped scores and sinks where the model has them. Queries of a shared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,12 +152,10 @@ def _bucketed(
 
     Padding follows every real token, so the causal rule alone hides it.
     """
+    queries, keys = ([getattr(bucket, side) for bucket in packed.buckets] for side in ("queries", "keys"))
+    inputs = (_grids(tensor, grids) for tensor, grids in ((query, queries), (key, keys), (value, keys)))
     outputs = []
-    for bucket in packed.buckets:
-        q, k, v = (
-            _take(tensor, indices.reshape(-1)).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
-            for tensor, indices in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
-        )
+    for bucket, q, k, v in zip(packed.buckets, *inputs, strict=True):
         out = attend(q, k, v, bucket, pattern)
         outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * value.shape[2]))
     flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -233,6 +231,13 @@ class _Explicit:
         p = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
         out = p.reshape(n, groups, heads // groups * length, -1) @ v.float()
         return out.view(n, heads, length, -1).to(q.dtype)
+
+
+def _grids(rows: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
+    """[T, H, D] at [n, L] each -> [n, H, L, D] each; taken at once, since the backward pass of each taking fills and
+    adds T rows."""
+    taken = _take(rows, torch.cat([some.reshape(-1) for some in indices])).split([some.numel() for some in indices])
+    return [own.view(*some.shape, *rows.shape[1:]).transpose(1, 2) for own, some in zip(taken, indices, strict=True)]
 
 
 def _take(rows: Tensor, indices: Tensor) -> Tensor:
