@@ -66,7 +66,7 @@ class Producer:
         self._streams = 0
         """Calls of the sampler that are open."""
         self._began = 0.0
-        """When the first of them was."""
+        """Since when that has not been counted yet."""
 
     async def run(self) -> None:
         """Fill the buffer until cancelled. Raises what rollout, reward or buffer raise."""
@@ -79,24 +79,25 @@ class Producer:
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
                     steps = await self.buffer.reserve(most)
                 stream = self.rollout.generate(self._requests(steps))  # here, so that `places` counts them from now on
-                working.create_task(self._sample(steps, stream, working))
+                working.create_task(self._sample(stream, working))
 
-    async def _sample(self, steps: Sequence[int], stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
+    async def _sample(self, stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
         if not self._streams:
             self._began = time.monotonic()
         self._streams += 1
         async for groups in stream:
-            working.create_task(self._score(groups))
+            working.create_task(self._score(groups, time.monotonic()))
         self._streams -= 1
-        now = time.monotonic()
-        self._sampled_at |= dict.fromkeys(steps, now)
         if not self._streams:
-            self._generating += now - self._began
+            self._generating += time.monotonic() - self._began
 
-    async def _score(self, sampled: Any) -> None:
+    async def _score(self, sampled: Any, left: float) -> None:
+        """`left`: when it left the sampler."""
         groups, scored = await asyncio.gather(groups_in(sampled), self.reward.score([sampled]))
         self._report += scored.report
         self.stored.add(groups, sampled)
+        for group in groups:
+            self._sampled_at[group.step] = max(left, self._sampled_at.get(group.step, left))
         await self.buffer.add(with_scores(groups, scored.scores))
         for group in groups:
             del self._open[group.id]
@@ -157,13 +158,20 @@ class Producer:
         self.order.load_state_dict(state["order"])
         self.started = int(state["started"])
         prompts = self.order.named({entry["prompt"] for entry in state["open"]})
+        steps = [entry.get("step", 0) for entry in state["open"]]
+        last = min(steps, default=0) + self.buffer.max_staleness  # it may be smaller than it was
         self._again = [
-            self._request(int(entry["id"]), prompts[entry["prompt"]], entry.get("step", 0)) for entry in state["open"]
+            self._request(int(entry["id"]), prompts[entry["prompt"]], min(step, last))
+            for entry, step in zip(state["open"], steps, strict=True)
         ]
 
     def take_report(self) -> tuple[ScoreReport, float]:
         """What the reward did, and the sampler's working seconds, since the last call."""
         report, self._report = self._report, ScoreReport()
+        if self._streams:
+            now = time.monotonic()
+            self._generating += now - self._began
+            self._began = now
         seconds, self._generating = self._generating, 0.0
         return report, seconds
 

@@ -22,12 +22,10 @@ from rlkit.experience import Prompt
 from rlkit.models.folder import model_folder
 from rlkit.tracking.tokens import Pieces
 from rlkit.tracking.tracker import Tracker
-from rlkit.weights.publication import Canary
+from rlkit.weights.publication import CANARY_PROMPTS, CANARY_TOKENS, Canary
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from rlkit.data.rendering import ChatTemplate
-
-CANARY_PROMPTS, CANARY_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)

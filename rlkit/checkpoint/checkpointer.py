@@ -24,6 +24,7 @@ from rlkit.checkpoint.folder import (
 )
 from rlkit.config.parts import config_text
 from rlkit.config.schema import RunConfig
+from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
 from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.tracking.run_folder import RunFolder
@@ -133,6 +134,11 @@ class Checkpointer:
         if full is not None:
             raise full from error
 
+    def _too_old(self, group: Group) -> bool:
+        """For the step it was sampled for, where `trainer.max_staleness` was larger."""
+        oldest = min(sample.policy_versions[0] for sample in group.samples)
+        return self.config.rollout.source == "policy" and group.step - 1 - oldest > self.config.trainer.max_staleness
+
     async def restore(self, checkpoint: Sealed, run: SavedRun) -> None:
         """Restore all freshly started parts. Raises DataError if the data are not the checkpoint's."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
@@ -141,8 +147,10 @@ class Checkpointer:
         run.load_state_dict(state)
         run.producer.load_state_dict(state["producer"])
         ready = [replace(group, prompt=prompts[group.prompt.id]) for group in state["buffer"]["ready"]]
-        state["buffer"]["ready"] = ready
+        old = [group for group in ready if self._too_old(group)]
+        state["buffer"]["ready"] = [group for group in ready if not self._too_old(group)]
         run.buffer.load_state_dict(state["buffer"])
+        run.producer.ask_again([(group.id, group.prompt.id) for group in old], checkpoint.step + 1)
         await run.learner.load_state(checkpoint.path, state["learner"])
         await run.reward.load_state(checkpoint.path / REWARD_STATE)
         # Only now, when nothing can refuse any more, is anything of the folder changed.

@@ -20,6 +20,7 @@ OWNED: Mapping[str, str] = {
     "trust_remote_code": "model.trust_remote_code",
     "max_model_len": "rollout.max_prompt_tokens and rollout.max_response_tokens",
     "max_num_seqs": "rollout.max_concurrent_samples",
+    "max_num_active_seqs": "rollout.max_concurrent_samples",
     "enforce_eager": "rollout.enforce_eager",
     "enable_prefix_caching": "rollout.prefix_caching",
     "tensor_parallel_size": "rollout.tensor_parallel_size",

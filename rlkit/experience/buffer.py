@@ -7,7 +7,8 @@ A place belongs to a training step. Of the steps that may be sampled for, versio
 staleness bound s, the first that lacks groups gets the next place, so that replacements for rejected groups come first
 and have the newest weights. A step is trained when its n groups are there, and not before: nothing becomes too old,
 nothing is dropped, and no fast group takes the place of a slow one. A group that was started when the policy had
-version v is trained at the latest with weights of version v + s.
+version v is trained at the latest with weights of version v + s. Which groups a step trains does not depend on timing,
+unless filters reject some and s > 0: a replacement's prompt is then the next one at the moment of the rejection.
 
 s = 0 is synchronous training. There more groups than a step lacks may be asked for (`oversample`): a step then takes
 those asked for first, once all are judged, and the others are dropped.

@@ -11,7 +11,7 @@ from rlkit.config.engine import other_precision
 from rlkit.config.plan import WeightRoute, element_bytes
 from rlkit.config.schema import RolloutConfig, RunConfig
 from rlkit.experience import UserError
-from rlkit.weights.publication import Loaded
+from rlkit.weights.publication import CANARY_PROMPTS, Loaded
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.5
@@ -110,7 +110,8 @@ def engine_arguments(
         "trust_remote_code": trust_remote_code,
         "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
         "max_model_len": max_model_len,
-        "max_num_seqs": config.max_concurrent_samples,
+        "max_num_seqs": config.max_concurrent_samples + CANARY_PROMPTS,
+        "max_num_active_seqs": config.max_concurrent_samples,  # while there is no canary
         "enforce_eager": True if on_cpu else config.enforce_eager,
         "enable_prefix_caching": config.prefix_caching,
         "tensor_parallel_size": config.tensor_parallel_size,

@@ -255,8 +255,10 @@ class RolloutPool:
         return Agreement.weakest(await asyncio.gather(*agreements))
 
     def times(self) -> dict[str, float]:
-        """Of the engines, for the weights that were confirmed last."""
+        """Of the engines, for the weights that were confirmed last; nothing if all have been replaced since."""
         receipts = [proof.last for proof in self._proofs if proof.last is not None]
+        if not receipts:
+            return {}
         return {
             "time/engine_idle": fmean(receipt.idle for receipt in receipts),
             "time/frozen": max(receipt.frozen for receipt in receipts),
@@ -289,12 +291,13 @@ class RolloutPool:
         """A worker's agreement, or why it cannot be used. Workers other than `receiver` load a bundle first."""
         from ray.exceptions import RayActorError
 
+        proof = self._proofs[index]
         try:
             if receiver is None or worker is not receiver:
-                return await self._load_and_admit(index, worker, published)
+                return await self._load_and_admit(index, worker, published, proof)
             async with self._waiting(index, f"to confirm version {published.version}", "step_timeout_seconds"):
                 receipt = await receiver.confirm.remote(published.canary)
-            return await self._admit_if_proved(index, worker, published, receipt, checksum)
+            return await self._admit_if_proved(index, worker, published, receipt, proof, checksum)
         except (RayActorError, WeightsNotLoadedError) as error:
             return error
 
@@ -310,7 +313,7 @@ class RolloutPool:
             outcome = await self._confirm_one(index, worker, published)
         return outcome
 
-    async def _load_and_admit(self, index: int, worker: Any, published: Published) -> Agreement:
+    async def _load_and_admit(self, index: int, worker: Any, published: Published, proof: Proof) -> Agreement:
         loading, receipt = self._loading.pop(index, (None, None))
         if loading is not worker:
             if published.bundle is None:
@@ -319,13 +322,22 @@ class RolloutPool:
             receipt = worker.load_weights.remote(published.bundle, published.canary)
         async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
             receipt = await receipt
-        return await self._admit_if_proved(index, worker, published, receipt)
+        return await self._admit_if_proved(index, worker, published, receipt, proof)
 
     async def _admit_if_proved(
-        self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
+        self,
+        index: int,
+        worker: Any,
+        published: Published,
+        receipt: WeightReceipt,
+        proof: Proof,
+        checksum: str | None = None,
     ) -> Agreement:
-        tolerance = canary_tolerance(self.config)
-        agreement = self._proofs[index].accept(f"rollout worker {index}", published, receipt, checksum, tolerance)
+        """`proof`: of the process that was asked. Raises WeightsNotLoadedError if it is not this worker's any more."""
+        who = f"rollout worker {index}"
+        agreement = proof.accept(who, published, receipt, checksum, canary_tolerance(self.config))
+        if proof is not self._proofs[index]:
+            raise WeightsNotLoadedError(f"{who} died when it had confirmed version {published.version}")
         worker.admit.remote()  # who is asked to sample waits for it
         self.health[index] = self.health[index].confirmed(published.version)
         return agreement
@@ -370,7 +382,7 @@ class RolloutPool:
         while self._published is not current:  # they may change meanwhile
             current = self._published
             assert current is not None
-            await self._load_and_admit(index, worker, current)
+            await self._load_and_admit(index, worker, current, self._proofs[index])
 
     def _out_of_restarts(self, index: int, cause: Exception) -> Exception:
         times = f"after {self.health[index].restarts} replacements (rollout.max_restarts)"

@@ -190,20 +190,31 @@ class Sampler:
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probs of all sequences, each without its first token: [sum of (length - 1)].
 
-        Running requests go on meanwhile; those that finish are returned by the next `step`.
+        Running requests go on meanwhile; those that finish are returned by the next `step`. None has to end first: the
+        sequences have places of their own, ahead of all that wait.
         """
         from vllm import SamplingParams
 
+        scheduler: Any = self.engine.engine_core.engine_core.scheduler
         for i, token_ids in enumerate(sequences):
             parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
             self._request(f"canary-{i}", token_ids, parameters, salt="canary-")
+        waiting = scheduler.waiting
+        own = [request for request in waiting if request.request_id.startswith("canary-")]
+        waiting.remove_requests(own)
+        for request in reversed(own):
+            waiting.prepend_request(request)
         finished: dict[str, Any] = {}
-        while len(finished) < len(sequences):
-            for output in self.engine.step():
-                if output.finished and output.request_id.startswith("canary-"):
-                    finished[output.request_id] = output
-                elif output.finished:
-                    self._finished.append(_response(output))
+        scheduler.max_num_active_reqs += len(own)
+        try:
+            while len(finished) < len(sequences):
+                for output in self.engine.step():
+                    if output.finished and output.request_id.startswith("canary-"):
+                        finished[output.request_id] = output
+                    elif output.finished:
+                        self._finished.append(_response(output))
+        finally:
+            scheduler.max_num_active_reqs -= len(own)
         of_each = [finished[f"canary-{i}"].prompt_logprobs.logprobs for i in range(len(sequences))]
         return np.concatenate([np.array(logprobs, dtype=np.float32) for logprobs in of_each])
 

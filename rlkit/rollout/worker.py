@@ -62,6 +62,8 @@ class RolloutWorker:
         """Responses, so far."""
         self.progress = asyncio.Event()
         """Set when some have finished."""
+        self.watchers = 0
+        """Who wait to hear of each."""
         self.pump: asyncio.Task[None] | None = None
         self.episodes: Episodes | None = None
         self.playing: set[asyncio.Task[None]] = set()
@@ -179,9 +181,13 @@ class RolloutWorker:
 
     async def has_finished(self, at_least: int) -> int:
         """How many responses are finished; waits until so many are."""
-        while self.finished < at_least:
-            self.progress.clear()
-            await self.progress.wait()
+        self.watchers += 1
+        try:
+            while self.finished < at_least:
+                self.progress.clear()
+                await self.progress.wait()
+        finally:
+            self.watchers -= 1
         return self.finished
 
     def _submit(self, requests: Sequence[GroupRequest], done: _Done) -> None:
@@ -248,7 +254,7 @@ class RolloutWorker:
                 if self.open and not (self.sampler.busy or (self.asked and not self.parked)):
                     await self.work.wait()  # for an environment, or for weights
         except BaseException as error:
-            for entry in self.open.values():
+            for entry in list(self.open.values()):  # the engine's thread may be adding some
                 entry.done.put_nowait(error)
             self.open.clear()
             self._end_episodes()
@@ -263,23 +269,26 @@ class RolloutWorker:
     def _step(self) -> tuple[list[tuple[Group, _Done]], list[Response]]:
         """Finished groups, and turns of episodes."""
         self._begin_turns()
-        finished, turns, began = [], [], time.monotonic()
-        responses = self.sampler.step()
-        # A change of threads after each step would cost a small model a tenth of its time. Environments need the loop.
-        while not responses and self.sampler.busy and self.calls == 1 and not self.playing:
-            responses = self.sampler.step()
+        whole: list[_Open] = []
+        turns: list[Response] = []
+        began, before = time.monotonic(), self.finished
+        while True:
+            for response in self.sampler.step():
+                group_id, _, index = response.id.rpartition(":")
+                if (entry := self.open.get(group_id)) is None:  # a turn, which perhaps nobody waits for any more
+                    turns.append(response)
+                    continue
+                entry.responses[int(index)] = response
+                self.finished += 1
+                if len(entry.responses) == entry.request.responses:
+                    whole.append(self.open.pop(group_id))
+            # A change of threads after each step would cost a small model a tenth of its time. Environments need the
+            # loop.
+            heard = whole or turns or (self.watchers and self.finished > before)
+            if heard or self.playing or self.calls > 1 or not self.sampler.busy:
+                break
         self.busy_seconds += time.monotonic() - began
-        for response in responses:
-            group_id, _, index = response.id.rpartition(":")
-            if (entry := self.open.get(group_id)) is None:  # a turn, which perhaps nobody waits for any more
-                turns.append(response)
-                continue
-            entry.responses[int(index)] = response
-            self.finished += 1
-            if len(entry.responses) == entry.request.responses:
-                del self.open[group_id]
-                finished.append((group_of(entry.request, entry.responses, self.tokenizer, self.rollout), entry.done))
-        return finished, turns
+        return [(group_of(o.request, o.responses, self.tokenizer, self.rollout), o.done) for o in whole], turns
 
     def _begin_turns(self) -> None:
         while self.asked and not self.parked:

@@ -12,6 +12,8 @@ from rlkit.experience import UserError
 
 Canary = tuple[tuple[int, ...], ...]
 """Token ids of sequences whose log-probs sampler and learner compare."""
+CANARY_PROMPTS, CANARY_TOKENS = 4, 32
+"""Most sequences, and tokens of each."""
 NOISES_OF_A_MEASURED_CHANGE = 12.0
 LEAST_CHANGE_SHOWN = 0.5
 

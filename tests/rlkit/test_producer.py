@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +16,13 @@ from hypothesis import strategies as st
 from benchmarks.asynchrony import best, in_rounds, limit
 from benchmarks.simulation import PROMPTS, Case, Run, simulate
 from rlkit.data.order import PromptOrder
+from rlkit.experience import Group, GroupScores, Sample, Score
 from rlkit.experience.filters import BufferConfig
+from rlkit.experience.scores import ScoreReport
 from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.producer import Producer, until
+from rlkit.rollout.requests import GroupRequest
+from rlkit.serving.pool import Scored
 
 SMALL = Case(engines=2, groups=2, samples=3, places=5, median=50, longest=400, steps=6, uncounted=2, start_seconds=10.0)
 seconds = st.floats(0.0, 3.0)
@@ -75,6 +82,63 @@ def test_what_a_step_no_longer_takes_is_asked_for_again_in_the_next() -> None:
     assert [(r.id, r.step, r.oldest) for r in producer._requests([3, 3])] == [("00000000", 3, 2), ("00000001", 3, 2)]
     assert [(r.id, r.step, r.oldest) for r in producer._requests([4, 4])] == [("00000002", 4, 3), ("00000003", 4, 3)]
     assert [(r.id, r.step) for r in producer._requests([5])] == [("00000004", 5)]
+
+
+def test_places_of_a_larger_staleness_are_asked_for_at_once() -> None:
+    """A run with staleness 2 goes on synchronously: its open groups, of three steps, are those of the next one."""
+    order, buffer = PromptOrder(PROMPTS, seed=0), WaitingBuffer(4, 0, BufferConfig())
+    waits: dict[str, Any] = {"most_at_once": 4, "waits_for_places": False, "samples_per_prompt": 1, "greedy": False}
+    producer = Producer(order, None, None, buffer, **waits, seed=0, step_timeout_seconds=1.0)  # type: ignore[arg-type]
+    prompts = [prompt.id for prompt in order.take(4)]
+    was_open = [{"id": f"{i:08d}", "prompt": p, "step": 3 + min(i, 2)} for i, p in enumerate(prompts)]
+    producer.load_state_dict({"order": order.state_dict(), "started": 4, "open": was_open})
+    assert [(r.id, r.step, r.oldest) for r in producer._requests([3] * 4)] == [(f"{i:08d}", 3, 2) for i in range(4)]
+
+
+def test_times_are_of_the_step_while_later_steps_are_sampled() -> None:
+    """The sampler's seconds, and when a step's groups were there, though its stream goes on with the next step's."""
+    at: dict[str, float] = {}
+
+    class Stream:
+        async def places(self, responses: int) -> int:
+            return 4
+
+        async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
+            first, *later = (group(request) for request in requests)
+            await asyncio.sleep(0.05)
+            at["first"] = time.monotonic()
+            yield [first]
+            await asyncio.sleep(0.2)
+            yield later
+
+    class Scores:
+        async def score(self, sampled: Any) -> Scored:
+            await asyncio.sleep(0.05)
+            (groups,) = sampled
+            return Scored([GroupScores((Score(1.0),)) for _ in groups], ScoreReport())
+
+    def group(request: GroupRequest) -> Group:
+        tokens, logprobs = np.array([1], np.int32), np.array([-1.0], np.float32)
+        return Group(
+            request.id, request.prompt, (Sample(0, tokens, logprobs, "", "stop", (0, 0), 0),), step=request.step
+        )
+
+    async def check() -> None:
+        buffer = WaitingBuffer(1, 1, BufferConfig())
+        waits: dict[str, Any] = {"most_at_once": 2, "waits_for_places": True, "samples_per_prompt": 1, "greedy": False}
+        producer = Producer(
+            PromptOrder(PROMPTS, seed=0), Stream(), Scores(), buffer, **waits, seed=0, step_timeout_seconds=9.0  # type: ignore[arg-type]
+        )  # fmt: skip
+        began = time.monotonic()
+        running = asyncio.create_task(producer.run())
+        (taken,) = await until(buffer.take(), running)
+        assert taken.step == 1
+        assert producer.sampled_at(1) == pytest.approx(at["first"], abs=0.02)
+        _, seconds = producer.take_report()
+        assert seconds == pytest.approx(time.monotonic() - began, abs=0.02)
+        running.cancel()
+
+    asyncio.run(check())
 
 
 def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:

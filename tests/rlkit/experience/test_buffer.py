@@ -114,6 +114,18 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.lost += [(name, step) for name, step, _ in self.flying]
         self.flying.clear()
 
+    @precondition(lambda self: self.version)
+    @rule()
+    def an_end_in_a_step(self) -> None:
+        """It is undone for a checkpoint, whether its groups were taken or not, and begins anew."""
+        undone = self.trained[-self.n :] if self.steps > self.version else []
+        assert [name for name, _ in self.buffer.put_back()] == undone
+        self.lost += [(name, self.version + 1) for name in undone]
+        self.trained = self.trained[: len(self.trained) - len(undone)]
+        self.steps = self.version
+        self.save_and_resume()
+        self.buffer.advance(self.version)
+
     @invariant()
     def nothing_is_lost(self) -> None:
         if not hasattr(self, "buffer"):

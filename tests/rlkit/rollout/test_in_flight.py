@@ -81,8 +81,8 @@ def requests(count: int = 4, length: int = 20) -> list[GroupRequest]:
     ]
 
 
-async def sampled(pool: RolloutPool) -> list[Group]:
-    groups = [group async for ref in pool.generate(requests()) for group in await ref]
+async def sampled(pool: RolloutPool, count: int = 4) -> list[Group]:
+    groups = [group async for ref in pool.generate(requests(count)) for group in await ref]
     return sorted(groups, key=lambda group: group.id)
 
 
@@ -115,6 +115,23 @@ def test_equal_weights_leave_every_bit(pool: RolloutPool, policies: list[PolicyL
     for (_, before), (_, after) in zip(samples_of(undisturbed), samples_of(disturbed), strict=True):
         assert before.token_ids.tolist() == after.token_ids.tolist()
         assert before.sampled.tobytes() == after.sampled.tobytes()
+
+
+def test_a_full_engine_proves_its_weights_at_once(pool: RolloutPool, policies: list[PolicyLearner]) -> None:
+    """Not when one of its responses has ended, for which the learner would wait."""
+
+    async def while_full() -> tuple[int, int]:
+        await publish(pool, policies[0], 0)
+        sampling = asyncio.create_task(sampled(pool, count=12))  # 24 responses for each engine of 16 places
+        waiting = 0
+        while not waiting:
+            waiting, steps = await pool.workers[0].steps_until_canary.remote(CANARY)
+        assert not sampling.done()
+        await sampling
+        return waiting, steps
+
+    waiting, steps = run(while_full())
+    assert waiting and steps <= 2
 
 
 def versions_of(sample: Sample) -> np.ndarray:
