@@ -120,7 +120,7 @@ class Arithmetic(DataSource):
         return frozenset({"answer", "references"})
 
 
-@lru_cache(maxsize=8)  # several checks of a configuration look at them
+@lru_cache(maxsize=2)  # several checks of a configuration look at them
 def _previewed(config: ArithmeticConfig, split: Split) -> tuple[Problem, ...]:
     return tuple(_as_problem(problem) for problem in draw_problems(config, split))
 

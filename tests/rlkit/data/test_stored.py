@@ -87,12 +87,17 @@ def test_few_problems_and_prompts_are_in_memory(tmp_path: Path, monkeypatch: pyt
     most: Counter[type] = Counter()
     chunk, written = stored._SAMPLED, stored._write
 
+    def alive() -> Counter[type]:
+        return Counter(type(one) for one in gc.get_objects() if type(one) in (Problem, Prompt))
+
+    before = alive()  # of other tests
+
     def counting(items: Any) -> Any:
         def counted() -> Any:
             for i, item in enumerate(items):
                 if i % 300 == 299:
-                    alive = Counter(type(one) for one in gc.get_objects() if type(one) in (Problem, Prompt))
-                    most.update({kind: max(0, count - most[kind]) for kind, count in alive.items()})
+                    now = alive() - before
+                    most.update({kind: max(0, count - most[kind]) for kind, count in now.items()})
                 yield item
 
         return written(counted())

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from ray_fixture import HANGS_SECONDS
 
 SCRIPT = """
 import logging, os, sys, time, warnings
@@ -62,7 +63,7 @@ def in_terminal(command: list[str], until: str = "", **environment: str) -> tupl
     env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **environment}
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True)
     os.close(child)
-    output, deadline, interrupted = b"", time.monotonic() + 30, False
+    output, deadline, interrupted = b"", time.monotonic() + HANGS_SECONDS, False
     try:
         while time.monotonic() < deadline:
             if not select.select([parent], [], [], 0.2)[0]:
@@ -75,7 +76,7 @@ def in_terminal(command: list[str], until: str = "", **environment: str) -> tupl
             if until and not interrupted and until in output.decode(errors="replace"):
                 process.send_signal(signal.SIGINT)
                 interrupted = True
-        return process.wait(timeout=10), output.decode()
+        return process.wait(timeout=HANGS_SECONDS), output.decode()
     finally:
         process.kill()
         process.wait()
