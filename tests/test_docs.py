@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import socket
 import sqlite3
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +19,14 @@ from typing import Any
 import pytest
 from adapter_fixture import need
 from command_server import CommandServer
-from paths import ROOT
+from paths import PYTHONPATH, ROOT
+from ray_fixture import HANGS_SECONDS
 from sandbox_fixture import need_bubblewrap
 
 from benchmarks.structure import core_path
+from examples.embedded_models.remake import _options
+from rlkit.report import parser as report_parser
+from rlkit.view.__main__ import parser as view_parser
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 
@@ -99,7 +106,8 @@ def folder(tmp_path: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     with contextlib.closing(sqlite3.connect(folder / "shop.db")) as connection:
         connection.execute("CREATE TABLE items(name, price)")
-    _run_of_two_checkpoints(folder / "runs/x")
+    for run in ("runs/x", "runs/NAME"):
+        _run_of_two_checkpoints(folder / run)
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
@@ -121,13 +129,27 @@ def test_what_is_not_run_says_why() -> None:
         assert all(re.fullmatch(r" *<!-- not run: .+ -->", line) for line in blocks), f"{page}: {blocks}"
 
 
+OTHERWISE = {
+    r"make [\w-]+$": "tests/test_docs.py",
+    r"source \.venv/bin/activate$": "Makefile",
+    r"rlkit doctor$": "tests/test_packaging.py",
+    r"rlkit (view|report) ": "tests/test_docs.py",
+    r"python -m rlkit\.submit ": "tests/test_docs.py",
+    r"python -m rlkit\.(sync|export) ": "tests/rlkit/trackers/test_sync.py",
+    r"python -m rlkit\.train environment=verifiers ": "tests/runs/test_verifiers_run.py",
+    r"python -m examples\.embedded_models\.remake": "tests/test_docs.py",
+    r"ALGORITHM=": "tests/test_docs.py",
+}
+"""Commands that are not dry runs -> what looks at them."""
+
+
 def validated() -> list[tuple[str, str]]:
-    """Commands whose configuration can be checked without running them. That of `environment=verifiers` wants the
-    package: tests/runs/test_verifiers_run.py."""
-    modules = ("train", "serve", "evaluate", "generate", "rescore")
-    kinds = tuple(f"python -m rlkit.{module}" for module in modules)
-    own = {command: page for page, command in commands() if command.startswith(kinds)}
-    return [(page, command) for command, page in own.items() if "environment=verifiers" not in command]
+    """Commands whose configuration can be checked without running them."""
+    modules = "train|train_reward|sft|serve|evaluate|generate|rescore"
+    own = {
+        command: page for page, command in commands() if re.match(rf"(python -m rlkit\.|rlkit )({modules}) ", command)
+    }
+    return [(page, command) for command, page in own.items() if not any(re.match(rule, command) for rule in OTHERWISE)]
 
 
 @pytest.mark.parametrize(("page", "command"), validated())
@@ -142,7 +164,8 @@ def test_commands_validate(page: str, command: str, folder: Path, server: Comman
         need(package)
     if ".lora." in command:
         need("peft", "lora")
-    module, *arguments = shlex.split(command)[2:]
+    module, *arguments = shlex.split(command.replace("python -m rlkit.", "rlkit ", 1))[1:]
+    module = f"rlkit.{module}"
     if "--help" not in arguments:
         named = "run_dir=" in command or module in ("rlkit.serve", "rlkit.rescore")
         arguments += ["dry_run=true", *([] if named else [f"run_dir={folder / 'run'}"])]
@@ -153,9 +176,60 @@ def test_commands_validate(page: str, command: str, folder: Path, server: Comman
     assert code == 0, f"{page}: {command}\n{said}"
 
 
+def test_every_command_is_looked_at() -> None:
+    dry = {command for _, command in validated()}
+    rest = {command for _, command in commands()} - dry
+    rules = {command: [rule for rule in OTHERWISE if re.match(rule, command)] for command in rest}
+    assert {command for command, own in rules.items() if len(own) != 1} == set()
+    assert {rule for own in rules.values() for rule in own} == set(OTHERWISE)
+    for file in OTHERWISE.values():
+        assert (ROOT / file).exists()
+
+
+def typed(pattern: str) -> list[list[str]]:
+    """The words of the commands that begin with this, each once."""
+    return [shlex.split(command) for command in dict(reversed(row) for row in commands()) if re.match(pattern, command)]
+
+
+def test_commands_of_the_page_parse() -> None:
+    parsers = {"view": view_parser, "report": report_parser}
+    lines = typed("rlkit (view|report) ")
+    assert len(lines) >= 5
+    for _, command, *arguments in lines:
+        parsers[command]().parse_args(arguments)
+
+
+def test_commands_of_examples_are_understood() -> None:
+    lines = typed(r"python -m examples\.embedded_models\.remake")
+    assert len(lines) >= 4
+    for line in lines:
+        _options(line[3:])
+
+
+@pytest.mark.parametrize("line", typed(r"python -m rlkit\.submit "), ids=" ".join)
+def test_jobs_are_right_but_for_the_cluster(line: list[str], folder: Path, server: CommandServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    arguments = [word.replace(":8265", f":{port}") for word in line[3:]]
+    code, said = server.run("rlkit.submit", arguments, ROOT, 120)
+    assert code == 1 and "no Ray dashboard answers (connection refused)" in said, said
+    assert said.count("rlkit:") == 1
+
+
+@pytest.mark.slow
+def test_the_contract_of_an_algorithm_of_the_docs(folder: Path) -> None:
+    (words,) = typed("ALGORITHM=")
+    options = dict(word.split("=", 1) for word in words[: words.index("python")])
+    environment = {**os.environ, **options, "PYTHONPATH": os.pathsep.join([str(folder), PYTHONPATH])}
+    command = [sys.executable, *words[words.index("python") + 1 :]]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = {word for _, line in commands() for word in re.findall(r"^make (\w+)", line)}
+    targets = {word for _, line in commands() for word in re.findall(r"^make ([\w-]+)", line)}
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

@@ -16,13 +16,10 @@ import pytest
 from rich.console import Console
 from synthetic_run import make_run
 
-from rlkit.cli import COMMANDS
 from rlkit.report import main as report
-from rlkit.report import parser as report_parser
 from rlkit.view import http as http_module
 from rlkit.view import report as report_module
 from rlkit.view.__main__ import main as view
-from rlkit.view.__main__ import parser as view_parser
 from rlkit.view.query import address, ask
 from rlkit.view.runs import Runs
 from rlkit.view.text import show
@@ -121,18 +118,6 @@ def test_wrong_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("RLKIT_VIEW_TOKEN", "short")
     assert view([str(tmp_path)]) == 1
     assert "at least 16 ASCII characters" in capsys.readouterr().err
-
-
-def test_commands_of_the_page_parse(repository: Path) -> None:
-    page = (repository / "docs" / "view.md").read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
-    assert len(lines) >= 3
-    for line in lines:
-        name, command, *arguments = line.partition(" #")[0].split()
-        parser = {"view": view_parser, "report": report_parser}[command]
-        assert name == "rlkit"
-        assert command in COMMANDS
-        parser().parse_args(arguments)
 
 
 def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
