@@ -37,6 +37,10 @@ def standing(evaluating: Evaluating, rows: Sequence[Row]) -> Standing | None:
     """None where nobody judges recorded answers that differ in their labels."""
     if evaluating.kind != "recorded" or evaluating.judge is None:
         return None
+    kind = evaluating.data.cls
+    title, totals, one_sided = "Right above wrong", pair_agreement, False
+    if issubclass(kind, Benchmark):
+        title, totals, one_sided = kind.title, kind.totals, kind.one_sided
     by_question: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_question[str(row["group_id"])].append(row)
@@ -48,10 +52,8 @@ def standing(evaluating: Evaluating, rows: Sequence[Row]) -> Standing | None:
             continue
         right = tuple(float(row["reward"]) for row in own if row["label"] == 1)
         wrong = tuple(float(row["reward"]) for row in own if row["label"] == 0)
-        if right and wrong:
+        if (right and wrong) or one_sided:
             questions.append(Question(str(own[0]["prompt_id"]), str(own[0].get("subset") or "all"), right, wrong))
     if not questions:
         return None
-    kind = evaluating.data.cls
-    title, totals = (kind.title, kind.totals) if issubclass(kind, Benchmark) else ("Right above wrong", pair_agreement)
     return Standing(title, totals(questions), len(questions), left_out)

@@ -14,7 +14,7 @@ from rlkit.data.rows import Parts
 from rlkit.experience import Message
 from rlkit.experience.reward_benchmarks import (
     judge_bench,
-    pair_agreement,
+    ppe,
     reward_bench,
     reward_bench_2,
     rm_bench,
@@ -32,6 +32,8 @@ class Benchmark(RecordedSource):
     asked: ClassVar[str] = "prompt"
     subset: ClassVar[str] = "subset"
     """Columns."""
+    one_sided: ClassVar[bool] = False
+    """Whether a question counts all of whose responses are right, or wrong."""
     totals: ClassVar[Callable[..., Mapping[str, float]]]
     """The rule of its authors: questions -> shares."""
 
@@ -104,7 +106,8 @@ class PPE(Benchmark):
 
     title = "PPE, correctness"
     subset = "benchmark"
-    totals = staticmethod(pair_agreement)
+    totals = staticmethod(ppe)
+    one_sided = True
 
     def _answers(self, row: Row) -> Answers:
         named = {int(name[9:]): value for name, value in row.items() if re.fullmatch(r"response_\d+", name)}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlkit.experience.statistics import expected_choice
+
 TOTAL = "total"
 TIES = "Ties"
 SECTIONS: Mapping[str, Mapping[str, int]] = {
@@ -145,8 +147,21 @@ def judge_bench(questions: Sequence[Question]) -> dict[str, float]:
 
 def pair_agreement(questions: Sequence[Question]) -> dict[str, float]:
     """By subset, the mean over questions: share of pairs of right and wrong responses that scores order rightly, ties
-    half. So PPE's correctness sets (arXiv 2410.14872) are read, on all pairs in the place of its drawn ones."""
+    half, which is the area under a question's ROC curve."""
     return _with_total(_means((q for q in questions if q.right and q.wrong), _ordered))
+
+
+def ppe(questions: Sequence[Question]) -> dict[str, float]:
+    """PPE's correctness sets (arXiv 2410.14872): `pair_agreement`, on all pairs in the place of the drawn ones, and the
+    share of right answers where the highest score of k is taken, over all questions, up to the fewest responses."""
+    fewest = min(len(question.right) + len(question.wrong) for question in questions)
+    curve = {k: float(np.mean([_chosen(q, k) for q in questions])) for k in (1, 2, 4, 8, 16, 32) if k <= fewest}
+    return pair_agreement(questions) | {f"best of {k}": share for k, share in curve.items()}
+
+
+def _chosen(question: Question, k: int) -> float:
+    labels = np.repeat([1.0, 0.0], [len(question.right), len(question.wrong)])
+    return expected_choice(labels, np.array([*question.right, *question.wrong]), k)
 
 
 def _ordered(question: Question) -> float:

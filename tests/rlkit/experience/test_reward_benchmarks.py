@@ -13,6 +13,7 @@ from rlkit.experience.reward_benchmarks import (
     best_of,
     judge_bench,
     pair_agreement,
+    ppe,
     reward_bench,
     reward_bench_2,
     rm_bench,
@@ -112,3 +113,14 @@ def test_judge_bench_counts_questions_not_categories() -> None:
 def test_pairs_of_a_question_that_has_both() -> None:
     result = pair_agreement([question("gpqa", (3, 1), (2, 1)), question("gpqa", (1,), ())])
     assert result == {"gpqa": pytest.approx((1 + 1 + 0 + 0.5) / 4), "total": pytest.approx(0.625)}
+
+
+def test_the_best_of_k_counts_all_questions() -> None:
+    some, all_right = question("gpqa", (2,), (3, 1)), question("gpqa", (1, 2, 3), ())
+    result = ppe([some, all_right])
+    assert result["total"] == pytest.approx(0.5)
+    assert result["best of 1"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result["best of 2"] == pytest.approx((1 / 3 + 1) / 2)  # {2, 1} of {3, 2}, {3, 1}, {2, 1}
+    assert "best of 4" not in result
+    equal = ppe([question("gpqa", (1, 1), (1, 0))])
+    assert equal["best of 1"] == 0.5 and equal["best of 4"] == pytest.approx(2 / 3)
