@@ -74,7 +74,7 @@ chromium:
 test: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not cluster" $(TEST_ARGS)
 
-# The tests of other packages' environments are skipped without them: EXTRAS=cpu,dev,environments.
+# The tests of other packages are skipped without them: EXTRAS=cpu,dev,environments,wandb,mlflow,swanlab,inspect.
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
 test-cluster: setup bubblewrap chromium
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)

@@ -338,8 +338,6 @@ def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
         yield ConfigIssue(
             "rollout.gpu_memory_utilization", "has no effect with cluster.device=cpu; use rollout.memory_gib"
         )
-    if not rollout.enforce_eager:
-        yield ConfigIssue("rollout.enforce_eager", "is always on with cluster.device=cpu; leave it out")
 
 
 def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> Issues:

@@ -136,8 +136,8 @@ class RolloutConfig(Section):
     """CUDA only: share of the GPU's memory that vLLM takes."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
-    enforce_eager: bool = True
-    """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
+    enforce_eager: bool = False
+    """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. On a CPU there are none."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
     steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"

@@ -121,7 +121,6 @@ def test_checks_only_name_known_sections() -> None:
         ({"rollout": RolloutConfig(dtype="float16")}, "rollout.dtype", "use float32"),
         ({"learner": LearnerConfig(dtype="bfloat16")}, "learner.dtype", "use float32"),
         ({"rollout": RolloutConfig(gpu_memory_utilization=0.9)}, "rollout.gpu_memory_utilization", "no effect"),
-        ({"rollout": RolloutConfig(enforce_eager=False)}, "rollout.enforce_eager", "always on"),
         ({"cluster": ClusterConfig(device="cuda"), "rollout": RolloutConfig(memory_gib=3),
           "learner": LearnerConfig(zero_stage=1)},
          "rollout.memory_gib", "no effect"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +110,10 @@ def samples_of(groups: Sequence[Group]) -> list[tuple[Group, Sample]]:
 def test_equal_weights_leave_every_bit(pool: RolloutPool, policies: list[PolicyLearner]) -> None:
     run(publish(pool, policies[0], 0))
     undisturbed = run(sampled(pool))
+    began = time.monotonic()
     disturbed, last = run(sampled_while(pool, policies[:1]))
+    times, passed = pool.times(), time.monotonic() - began
+    assert 0 < times["time/frozen"] < passed and 0 <= times["time/engine_idle"] < passed  # of the last weights
     assert last > 1
     assert any(sample.versions is not None for _, sample in samples_of(disturbed)), "no weights came in mid-flight"
     for (_, before), (_, after) in zip(samples_of(undisturbed), samples_of(disturbed), strict=True):
