@@ -100,6 +100,7 @@ async def sampled_while(pool: RolloutPool, policies: Sequence[PolicyLearner]) ->
         version += 1
         agreement = await publish(pool, policies[version % len(policies)], version)
         assert agreement.difference < 1e-3
+        await asyncio.sleep(0.1)  # a full engine proves its weights between two tokens: else they would come as often
     return await sampling, version
 
 
@@ -262,7 +263,7 @@ def test_an_engine_that_dies_while_weights_come_loses_nothing(
     async def steps() -> list[Group]:
         sampling = asyncio.create_task(sampled(pool))
         await asyncio.sleep(0.2)
-        worker = pool.workers[0]
+        worker = pool.workers[when == "unproved"]  # one that was not replaced yet, in another event loop
         pid = await worker.pid.remote()
         await worker.prepare.remote()
         if when == "unproved":
