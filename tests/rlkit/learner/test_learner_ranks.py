@@ -55,17 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 QUICK = (
     "zero 0",
-    "zero 2",
     "partitioned by zero 3, checkpointing",
-    "one group, split",
     "unequal",
     "two optimizer steps",
-    "a silent optimizer step",
     "ppo, partitioned by zero 3",
     "pairs",
-    "segments, ppo",
     "adapter, partitioned by zero 3",
-    "prime",
     "shared sequences, partitioned by zero 3, checkpointing",
     "shared sequences, ppo, segments",
 )

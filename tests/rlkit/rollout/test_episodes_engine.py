@@ -31,7 +31,7 @@ from rlkit.rollout.requests import GroupRequest
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Published
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 SAMPLES = 4
 CASES = [*((name, False) for name in sorted(APPEND)), *((name, True) for name in sorted(TOOLS_APPEND))]
 
@@ -209,7 +209,6 @@ def versions_of_turns(groups: Sequence[Group]) -> list[list[set[int]]]:
     return of_samples
 
 
-@pytest.mark.slow
 def test_parked_episodes_have_one_version_in_each_turn(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
     learner, canary = build_learner(model), ((5, 6, 7, 8), (30, 40, 50))
 
@@ -243,7 +242,6 @@ class ParkingWorker(EpisodeWorker):
         return len(self.open), self.parked
 
 
-@pytest.mark.slow
 def test_an_engine_that_dies_while_it_is_parked_loses_nothing(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
     learner, canary = build_learner(model), ((5, 6, 7, 8), (30, 40, 50))
     names = list(map(str, range(4)))

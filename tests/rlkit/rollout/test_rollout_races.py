@@ -33,7 +33,7 @@ from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, Trainer
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.weights.publication import Published, WeightsNotLoadedError
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 MakePool = Callable[..., RolloutPool]
 
 
@@ -70,7 +70,6 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             ray.kill(worker)
 
 
-@pytest.mark.slow
 def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +103,6 @@ def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
     run(check())
 
 
-@pytest.mark.slow
 def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_once_they_are_accepted(
     make_pool: MakePool, script: Script
 ) -> None:
@@ -130,7 +128,6 @@ def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_
     run(check())
 
 
-@pytest.mark.slow
 def test_a_frozen_model_waits_for_no_weights(make_pool: MakePool) -> None:
     async def check() -> None:
         pool = make_pool(source="model")
@@ -141,7 +138,7 @@ def test_a_frozen_model_waits_for_no_weights(make_pool: MakePool) -> None:
     run(check())
 
 
-@pytest.mark.parametrize("point", ["load-2", pytest.param("canary", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("point", ["load-2", "canary"])
 def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_weights(
     point: str, make_pool: MakePool, script: Script
 ) -> None:
@@ -158,7 +155,6 @@ def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_w
     run(check())
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_with_weights_before_they_are_announced_is_replaced_with_those_that_are(
     make_pool: MakePool,
 ) -> None:
@@ -185,7 +181,6 @@ def test_a_worker_that_dies_with_weights_before_they_are_announced_is_replaced_w
     run(check())
 
 
-@pytest.mark.slow
 def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successor_samples_with(
     make_pool: MakePool, script: Script
 ) -> None:
@@ -206,7 +201,6 @@ def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successo
     run(check())
 
 
-@pytest.mark.slow
 def test_a_death_that_sampling_and_publishing_both_notice_is_repaired_once(make_pool: MakePool, script: Script) -> None:
     async def check() -> None:
         pool = await started(make_pool())
@@ -224,7 +218,6 @@ def test_a_death_that_sampling_and_publishing_both_notice_is_repaired_once(make_
     run(check())
 
 
-@pytest.mark.slow
 def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
     make_pool: MakePool, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +233,6 @@ def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
     run(check())
 
 
-@pytest.mark.slow
 def test_a_worker_that_hangs_is_named_with_the_groups_it_owes(make_pool: MakePool, script: Script) -> None:
     async def check() -> None:
         pool = await started(make_pool(workers=2))
@@ -265,7 +257,6 @@ DOUBTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", DOUBTS)
 def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     how: str, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
@@ -290,7 +281,7 @@ def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     assert re.search(rf"did not confirm its weights and is replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text)
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] * (how != "wrong")) for how in DOUBTS])
+@pytest.mark.parametrize("how", list(DOUBTS))
 def test_weights_that_no_worker_confirms_end_the_run_at_once(how: str, make_pool: MakePool, script: Script) -> None:
     """New engines would differ from the learner as well."""
 
@@ -321,7 +312,6 @@ SUCCESSORS: dict[str, tuple[Callable[[Script, bool], None], type[Exception], str
 """What the first successor does (`always`: each one), and the error where that is once too often."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_restarts", [2, 1])
 @pytest.mark.parametrize("how", SUCCESSORS)
 def test_a_successor_that_fails_counts_as_another_death(
@@ -344,7 +334,6 @@ def test_a_successor_that_fails_counts_as_another_death(
     run(check())
 
 
-@pytest.mark.slow
 def test_the_deadline_of_a_start_does_not_hold_for_weights_that_wait_for_the_learner(make_pool: MakePool) -> None:
     """With stale data a new worker's weights come after the update that the learner is at."""
 
@@ -365,7 +354,6 @@ def test_the_deadline_of_a_start_does_not_hold_for_weights_that_wait_for_the_lea
     run(check())
 
 
-@pytest.mark.slow
 def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause(make_pool: MakePool) -> None:
     """Whoever sends may be stuck: with NCCL and gloo it waits for all receivers."""
 
@@ -384,7 +372,6 @@ def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause
     run(check())
 
 
-@pytest.mark.slow
 def test_engines_draw_differently_and_a_replacement_as_the_one_before(make_pool: MakePool) -> None:
     async def seeds(pool: RolloutPool) -> list[int]:
         return list(await asyncio.gather(*(worker.seed.remote() for worker in pool.workers)))
