@@ -211,7 +211,7 @@ def test_jobs_are_right_but_for_the_cluster(line: list[str], folder: Path, serve
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     arguments = [word.replace(":8265", f":{port}") for word in line[3:]]
-    code, said = server.run("rlkit.submit", arguments, ROOT, 120)
+    code, said = server.run("rlkit.submit", arguments, folder, 120)
     assert code == 1 and "no Ray dashboard answers (connection refused)" in said, said
     assert said.count("rlkit:") == 1
 
