@@ -91,7 +91,7 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
     def recoloured(signal: str) -> Interaction:
         def choose() -> None:
             page.get_by_label("Colour by").select_option(signal)
-            reader.until("signal => document.querySelector('[role=listbox]').ariaLabel.endsWith(signal)", signal)
+            reader.until("signal => document.querySelector('[role=listbox]').ariaLabel.includes(signal)", signal)
 
         return choose
 
@@ -115,7 +115,7 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
         "search of common words": (filled("Text", "certain complete"), listed),
         "search of a phrase": (filled("Text", '"absolutely certain"'), listed),
         "a bin of the histogram": (
-            list_after(lambda: page.get_by_role("toolbar", name="length: bins").get_by_role("button").last.click()),
+            list_after(lambda: page.get_by_role("toolbar", name="length in tokens: bins").get_by_role("button").last.click()),
             listed,
         ),
         "the next 400 rows": (
