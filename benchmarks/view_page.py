@@ -95,6 +95,9 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
 
         return choose
 
+    def last_bin() -> None:
+        page.get_by_role("toolbar", name="length in tokens: bins").get_by_role("button").last.click()
+
     def token_sample() -> None:
         reader.go("sample", run="run_1", id=longest)
         page.locator("[data-t='0']").wait_for()
@@ -114,10 +117,7 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
         "filter": (filled("Filter", "reward > 1 and correct = 0"), listed),
         "search of common words": (filled("Text", "certain complete"), listed),
         "search of a phrase": (filled("Text", '"absolutely certain"'), listed),
-        "a bin of the histogram": (
-            list_after(lambda: page.get_by_role("toolbar", name="length in tokens: bins").get_by_role("button").last.click()),
-            listed,
-        ),
+        "a bin of the histogram": (list_after(last_bin), listed),
         "the next 400 rows": (
             list_after(lambda: page.evaluate("() => { document.querySelector('[role=grid]').scrollTop = 1e9 }")),
             listed,
