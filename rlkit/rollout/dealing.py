@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from rlkit.rollout.requests import GroupRequest
@@ -30,6 +30,61 @@ class Load:
     def again(self) -> Load:
         """Of a new process, which samples whatever has not come back."""
         return Load(self.dealt - self.handed_over)
+
+
+HasFinished = Callable[[int, int], Awaitable[int | None]]
+"""(worker, n): how many responses its process has finished, once they are at least n; None if it died."""
+
+
+class Loads:
+    """What all workers were given, and who waits until one has a free place."""
+
+    def __init__(self, workers: int, places: int, has_finished: HasFinished) -> None:
+        """`places`: responses that an engine samples at once."""
+        self._loads = [Load() for _ in range(workers)]
+        self._most, self._has_finished = places, has_finished
+        self._less_to_do = asyncio.Condition()
+
+    def __getitem__(self, worker: int) -> Load:
+        return self._loads[worker]
+
+    def deal(self, requests: Sequence[GroupRequest]) -> list[list[GroupRequest]]:
+        """A share for each worker."""
+        shares = deal(requests, [load.unfinished for load in self._loads])
+        for load, share in zip(self._loads, shares, strict=True):
+            load.dealt += responses(share)
+        return shares
+
+    async def again(self, worker: int) -> None:
+        """A new process samples whatever has not come back."""
+        self._loads[worker] = self._loads[worker].again()
+        await self.tell()
+
+    async def free(self, size: int) -> int:
+        """How many more groups of `size` responses fill the engines; waits until one has a free place.
+
+        The last one may find places for some of its responses: the others wait in the engine's queue.
+        """
+        async with self._less_to_do:
+            while not (free := [self._most - o.unfinished for o in self._loads if o.unfinished < self._most]):
+                for worker, load in enumerate(self._loads):
+                    if load.asking is None:
+                        load.asking = asyncio.create_task(self._ask(worker, load))
+                await self._less_to_do.wait()
+        return sum(-(-places // size) for places in free)
+
+    async def _ask(self, worker: int, load: Load) -> None:
+        """Wait until an engine has finished enough for a place to be free: also when no group is whole."""
+        finished = await self._has_finished(worker, load.dealt - self._most + 1)
+        if finished is None:  # a replacement is asked anew
+            return
+        load.finished, load.asking = finished, None
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Of less to do."""
+        async with self._less_to_do:
+            self._less_to_do.notify_all()
 
 
 def responses(requests: Sequence[GroupRequest]) -> int:

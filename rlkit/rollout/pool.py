@@ -15,7 +15,7 @@ from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.plan import engines_sleep, gpu_shares, sleep_level
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
-from rlkit.rollout.dealing import Load, deal, responses
+from rlkit.rollout.dealing import Loads, responses
 from rlkit.rollout.engine import canary_tolerance, engine_environment, shared_gpus_environment
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
@@ -45,8 +45,7 @@ class RolloutPool:
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._proofs = [Proof() for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
-        self._loads = [Load() for _ in self.workers]
-        self._less_to_do = asyncio.Condition()
+        self._loads = Loads(len(self.workers), config.rollout.max_concurrent_samples, self._has_finished)
         self._published: Published | None = None
         self._loading: dict[int, tuple[Any, Any]] = {}  # who loads weights not yet announced, and the coming receipt
         self.fetch: Fetch | None = None  # weights for a replacement when they were published without a bundle
@@ -95,34 +94,16 @@ class RolloutPool:
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def places(self, responses: int) -> int:
-        """How many more groups of so many responses fill the engines; waits until one has a free place.
+        """How many more groups of so many responses fill the engines; waits until one has a free place."""
+        return await self._loads.free(responses)
 
-        The last one may find places for some of its responses: the others wait in the engine's queue.
-        """
-        most = self.config.rollout.max_concurrent_samples
-        async with self._less_to_do:
-            while not (free := [most - load.unfinished for load in self._loads if load.unfinished < most]):
-                for index, load in enumerate(self._loads):
-                    if load.asking is None:
-                        load.asking = asyncio.create_task(self._ask_for_room(index, load))
-                await self._less_to_do.wait()
-        return sum(-(-places // responses) for places in free)
-
-    async def _ask_for_room(self, index: int, load: Load) -> None:
-        """Wait until an engine has finished enough for a place to be free: also when no group is whole."""
+    async def _has_finished(self, index: int, at_least: int) -> int | None:
         from ray.exceptions import RayError
 
-        enough = load.dealt - self.config.rollout.max_concurrent_samples + 1
         try:
-            load.finished = await self.workers[index].has_finished.remote(enough)
-        except RayError:  # who samples there hears of it, too; a replacement is asked anew
-            return
-        load.asking = None
-        await self._tell()
-
-    async def _tell(self) -> None:
-        async with self._less_to_do:
-            self._less_to_do.notify_all()
+            return int(await self.workers[index].has_finished.remote(at_least))
+        except RayError:  # who samples there hears of it, too
+            return None
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
         """Deal requests out at once, and yield references to lists of groups as they finish, from all workers.
@@ -130,10 +111,7 @@ class RolloutPool:
         A replacement samples again, with the same seeds, what a dead worker had not handed over. Raises
         RolloutFailedError when workers die too often.
         """
-        shares = deal(requests, [load.unfinished for load in self._loads])
-        for load, share in zip(self._loads, shares, strict=True):
-            load.dealt += responses(share)
-        return self._stream(shares)
+        return self._stream(self._loads.deal(requests))
 
     async def _stream(self, shares: Sequence[Sequence[GroupRequest]]) -> AsyncIterator[Any]:
         finished: asyncio.Queue[Any] = asyncio.Queue()
@@ -186,7 +164,7 @@ class RolloutPool:
                             ids, load.finished = await ref
                             for group_id in ids:
                                 self._loads[index].handed_over += left.pop(group_id).responses
-                            await self._tell()
+                            await self._loads.tell()
                             finished.put_nowait(groups)
                             groups = None
                         if groups is not None:
@@ -195,7 +173,7 @@ class RolloutPool:
                     await self._replace(index, worker, error)
         finally:
             self._loads[index].dealt -= responses(list(left.values()))
-            await self._tell()
+            await self._loads.tell()
 
     def load(self, bundle: Any, canary: Canary) -> None:
         """Let workers load weights from Ray's object store when they are there; announce them, then `confirm` them."""
@@ -374,8 +352,8 @@ class RolloutPool:
                 except (RayActorError, WeightsNotLoadedError) as error:
                     cause = error
                     continue
-                self.workers[index], self._loads[index] = worker, self._loads[index].again()
-                await self._tell()
+                self.workers[index] = worker
+                await self._loads.again(index)
 
     async def _bring_up_to_date(self, index: int, worker: Any) -> None:
         current: Published | None = None
