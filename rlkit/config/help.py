@@ -1,4 +1,5 @@
-"""`--help [SECTION ...]`: groups with their options, keys with type, default and meaning, from schema and conf/."""
+"""`--help [SECTION ...]`: groups with their options, keys with type, default and meaning, from schema and conf/; what a
+metric means, from metrics.yaml."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from rewards.base import Reward
+from rlkit.config import metric_table
 from rlkit.config.compose import (
     borrowed_options,
     default_options,
@@ -39,7 +41,8 @@ USAGE = """\
   --config FILE  start from the values of a configuration file, for example an old run's
   dry_run=true   validate, print the plan, exit
   --help WORD    only this: a section (trainer), a part (reward), an option (reward=math, algorithm=ppo), a class of
-                 yours (reward._target_=my_module.MyReward), or keys with the word in their names (learning_rate)
+                 yours (reward._target_=my_module.MyReward), keys with the word in their names (learning_rate), or a
+                 metric (reward/mean; metrics: all of them)
   --version      print the version
 """
 
@@ -73,6 +76,10 @@ def print_help(words: Sequence[str] = ()) -> int:
             raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
         if group in options:
             chosen[group] = option
+    for word in (metrics := [word for word in words if word == "metrics" or ("/" in word and "=" not in word)]):
+        _print_metrics(console, word)
+    if metrics and not (words := [word for word in words if word not in metrics]):
+        return 0
     blocks = [*sections(values_of(chosen, folder)), *parts(options, chosen, words)]
     if not words:
         console.print(USAGE, highlight=False)
@@ -93,9 +100,28 @@ def print_help(words: Sequence[str] = ()) -> int:
     return 0
 
 
-def _near(word: str, names: set[str]) -> str:
+def _print_metrics(console: Console, word: str) -> None:
+    """One, with how to read it; or all, with what they mean. Raises ConfigError for one that is not in the table."""
+    try:
+        listed = {"": [metric_table.about(word)]} if word != "metrics" else metric_table.sections()
+    except KeyError as error:
+        names = {name for row in metric_table.rows() for name in row.names}
+        near = _near(word, names, "--help metrics")
+        raise ConfigError([ConfigIssue(f"--help {word}", f"no such metric; {near}")]) from error
+    for section, rows in listed.items():
+        console.print(f"\n[bold]{escape(section)}[/]" if section else "", highlight=False)
+        for row in rows:
+            console.print(f"  [cyan]{escape(', '.join(row.names))}[/]", highlight=False, soft_wrap=True)
+            texts = {"": row.meaning} if section else {"": row.meaning, "read it: ": row.reading, "do: ": row.remedy}
+            for title, text in texts.items():
+                if text:
+                    shown = escape(title + metric_table.plain(text))
+                    console.print(Padding(shown, (0, 0, 0, 6)), highlight=False)
+
+
+def _near(word: str, names: set[str], everything: str = "--help alone") -> str:
     text = did_you_mean(word, names).partition(" available: ")[0]
-    return text if text.startswith("did") else "--help alone lists everything"
+    return text if text.startswith("did") else f"{everything} lists everything"
 
 
 def sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:

@@ -106,6 +106,15 @@ def test_help_on_a_word_finds_keys(help_on: Typed) -> None:
     assert "trainer." not in text
 
 
+def test_help_on_a_metric(help_on: Typed) -> None:
+    text = help_on("reward/failed/timeout")
+    assert "should be 0" in text
+    assert "reward.timeout_seconds" in text
+    assert "trainer.total_steps" not in help_on("accuracy/heldout")
+    assert "trainer.total_steps" in help_on("accuracy/heldout", "trainer")
+    assert "tokens/per_second" in help_on("metrics")
+
+
 def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
     (folder / "my_rewards.py").write_text(
         "from rewards.base import Reward, RewardConfig\n"
@@ -124,6 +133,8 @@ def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
 def test_help_on_nothing_says_so(refused: Typed) -> None:
     assert "did you mean trainer?" in refused("--help", "tranier")
     assert "no such option; did you mean math?" in refused("--help", "reward=mth")
+    assert "no such metric; did you mean reward/mean?" in refused("--help", "reward/meen")
+    assert "--help metrics lists everything" in refused("--help", "x/y")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
