@@ -384,7 +384,9 @@ async def _train(case: Case, buffer: WaitingBuffer) -> Run:
     for task in (producing, dying):
         task.cancel()
     await asyncio.gather(producing, dying, return_exceptions=True)
-    run.started, run.dropped = producer.started, getattr(buffer.buffer, "dropped", 0)
+    run.started = producer.started
+    passed_over = max(int(id) for step in run.trained for id in step) + 1 - sum(map(len, run.trained))
+    run.dropped = getattr(buffer.buffer, "dropped", passed_over)  # out of order, a late one is not dropped yet
     return run
 
 

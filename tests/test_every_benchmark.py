@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k" / "model_solutions.jsonl"
 SMALL = {
     "architectures": "llama",
-    "asynchrony": "--only '8 engines, 4 groups'",
+    "asynchrony": "--quick",
     "attention": "--shapes W1 --repeats 1",
     "data_memory": "2 1",
     "episodes": "--turns 2 --tokens 2 --repeats 1",
