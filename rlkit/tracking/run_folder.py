@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,10 @@ class RunFolder:
 
     def close(self) -> None:
         """May be called again. Raises UnwrittenError, and is closed."""
-        try:
+        with ExitStack() as closing:
+            for each in (self._lock, self._metrics, self.writer):  # closed the other way round
+                closing.callback(each.close)
             self.writer.settle()
-        finally:
-            self.writer.close()
-            self._metrics.close()
-            self._lock.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
