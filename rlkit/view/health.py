@@ -15,13 +15,17 @@ from rlkit.view.metrics import Table
 from rlkit.view.rows import number
 from rlkit.view.runs import Run
 from rlkit.view.schema import Light
-from rlkit.view.trends import LEAST_POINTS, Interval, together
+from rlkit.view.trends import LEAST_POINTS, Interval, Together, together
 
 WINDOW = 5
 """What none of so many last steps reports is not known of the run as it is."""
 State = Literal["good", "look", "bad", "unknown"]
 WORDS: dict[State, str] = {"good": "fine", "look": "have a look", "bad": "act", "unknown": "not measured"}
 TOO_EARLY = "too few steps"
+STAYS = 0.05
+"""An accuracy that is not known to change, and by its line has risen by no more than this, stays."""
+Direction = Literal["rises", "falls", "stays", ""]
+"""Empty: too uncertain to tell."""
 Option = Callable[[str], Any]
 Points = Sequence[tuple[int, float]]
 """(step, value), where it is known."""
@@ -169,41 +173,71 @@ def _in_a_row(points: Points) -> Points:
 # -- two metrics at once -----------------------------------------------------------------------------------------------
 
 
+class RewardAndAccuracy(NamedTuple):
+    verified: str
+    """The metric of accuracy that is known well enough."""
+    trend: Together | None
+    """None: of too few steps."""
+    reward: Direction = ""
+    accuracy: Direction = ""
+
+
+def reward_and_accuracy(training: Table, evaluation: Table) -> RewardAndAccuracy:
+    """What both do over the last third of the run; of held-out evaluations that are few, over more."""
+    heldout = evaluation.points("accuracy/heldout")
+    known = len(heldout) >= LEAST_POINTS
+    verified = "accuracy/heldout" if known else "accuracy/train"
+    trend = together(training.points("reward/mean"), heldout if known else training.points(verified))
+    if trend is None:
+        return RewardAndAccuracy(verified, None)
+    accuracy = _direction(trend.second) or (_between_evaluations(evaluation, trend) if known else "")
+    if not accuracy and trend.second.value <= STAYS:
+        accuracy = "stays"
+    return RewardAndAccuracy(verified, trend, _direction(trend.first), accuracy)
+
+
+def _direction(change: Interval) -> Direction:
+    return "rises" if change.low > 0 else "falls" if change.high < 0 else ""
+
+
+def _between_evaluations(evaluation: Table, trend: Together) -> Direction:
+    """By the first and last evaluation's own intervals: a curve that bends is no line, and still it rises."""
+    low, high = (
+        [value for step, value in evaluation.points(f"accuracy/heldout/{end}") if step >= trend.start]
+        for end in ("low", "high")
+    )
+    if not low or not high:
+        return ""
+    return "rises" if low[-1] > high[0] else "falls" if high[-1] < low[0] else ""
+
+
 def _reward_and_accuracy(training: Table, evaluation: Table) -> Light | None:
-    """Whether the reward rises and what is verified does not, over the last third of the run."""
+    """Whether the reward rises and what is verified does not."""
     reward = training.points("reward/mean")
     if not reward:
         return None
-    heldout = evaluation.points("accuracy/heldout")
-    verified = "accuracy/heldout" if len(heldout) >= LEAST_POINTS else "accuracy/train"
-    judged = heldout if len(heldout) >= LEAST_POINTS else training.points("accuracy/train")
+    verified, trend, of_reward, of_accuracy = reward_and_accuracy(training, evaluation)
 
     def made(state: State, word: str, text: str, steps: Sequence[int] = ()) -> Light:
         return Light(
             id="fooled", title="reward and accuracy", state=state, word=word, value_text=text,
-            meaning="whether the reward rises while verified answers do not: slopes of a line, with intervals of 95 %",
+            meaning="whether the reward rises while verified answers do not: changes by a line, with intervals of 95 %",
             reading="both should rise; the triage lists the samples", remedy=plain(about("accuracy/heldout").remedy),
             metrics=["reward/mean", verified], steps=list(steps),
         )  # fmt: skip
 
-    trend = together(reward, judged)
+    judged = evaluation.points(verified) if verified == "accuracy/heldout" else training.points(verified)
     if not judged and len(reward) >= LEAST_POINTS:
         return made("unknown", WORDS["unknown"], "no verifier: no accuracy/train, nor five of accuracy/heldout")
     if trend is None:
         return made("unknown", TOO_EARLY, f"{min(len(reward), len(judged))} of the {LEAST_POINTS} steps that it takes")
-    text = f"steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps"
-    directions = _direction(trend.first), _direction(trend.second)
-    if directions[1] == "rises":
+    text = f"from step {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second}"
+    if of_accuracy == "rises":
         return made("good", WORDS["good"], text)
     ends = [trend.start, trend.end]
-    if directions == ("rises", "falls"):
-        return made("bad", "the reward may be fooled", text, ends)
-    if directions[1] == "falls":
-        return made("look", "accuracy falls", text, ends)
-    if directions[0] == "rises":
-        return made("look", WORDS["look"], text, ends)
-    return made("unknown", "neither rises", text)
-
-
-def _direction(slope: Interval) -> Literal["rises", "falls", ""]:
-    return "rises" if slope.low > 0 else "falls" if slope.high < 0 else ""
+    if of_accuracy == "falls":
+        bad = of_reward == "rises"
+        return made("bad" if bad else "look", "the reward may be fooled" if bad else "accuracy falls", text, ends)
+    if of_reward != "rises":
+        return made("unknown", "neither rises", text)
+    return made("look", WORDS["look"], text, ends) if of_accuracy else made("unknown", "too uncertain", text)

@@ -38,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Together:
-    """Slopes of two metrics over the same steps, per 100 steps."""
+    """How much two metrics change over the same steps: by straight lines through them."""
 
     first: Interval
     second: Interval
@@ -72,7 +72,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> Interval | None:
 
 
 def together(first: Points, second: Points, share: float = 1 / 3) -> Together | None:
-    """Slopes of both over the last `share` of the steps (at least `LEAST_POINTS` points of the one with fewer)."""
+    """Changes of both over the last `share` of the steps (at least `LEAST_POINTS` points of the one with fewer)."""
     if len(first) < LEAST_POINTS or len(second) < LEAST_POINTS:
         return None
     last, begin = max(first[-1][0], second[-1][0]), min(first[0][0], second[0][0])
@@ -80,7 +80,9 @@ def together(first: Points, second: Points, share: float = 1 / 3) -> Together | 
     chosen = [
         np.array([point for point in points if point[0] >= start], dtype=np.float64) for points in (first, second)
     ]
-    one, other = (slope(points[:, 0] / 100, points[:, 1]) for points in chosen)
+    if last == start:
+        return None
+    one, other = (slope(points[:, 0] / (last - start), points[:, 1]) for points in chosen)
     return None if one is None or other is None else Together(one, other, math.ceil(start), last)
 
 

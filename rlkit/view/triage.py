@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from rlkit.view import schema, tokens, trends
+from rlkit.view.health import reward_and_accuracy
 from rlkit.view.index import SEARCHED
 from rlkit.view.rows import said
 from rlkit.view.runs import Run
@@ -104,31 +105,28 @@ def gather(run: Run) -> Samples:
 
 
 def _apart(run: Run) -> Found:
-    metrics = run.metrics
-    heldout = metrics.evaluation.points("accuracy/heldout")
-    name, what = "accuracy/heldout", "held-out accuracy"
-    if len(heldout) < 5:
-        name, what = "accuracy/train", "the accuracy of training samples"
-    verified = heldout if len(heldout) >= 5 else metrics.training.points(name)
-    trend = trends.together(metrics.training.points("reward/mean"), verified)
+    verified, trend, reward, accuracy = reward_and_accuracy(run.metrics.training, run.metrics.evaluation)
+    what = "held-out accuracy" if verified == "accuracy/heldout" else "the accuracy of training samples"
     if trend is None:
         return "needs five steps with reward/mean and five values of accuracy/heldout or accuracy/train"
-    if trend.first.low <= 0 or trend.second.low > 0:
+    if reward != "rises" or accuracy == "rises":
         return None
-    falls = trend.second.high < 0
+    if not accuracy:
+        return f"the reward rises, and what {what} does is too uncertain: {trend.second} from step {trend.start} on"
+    falls = accuracy == "falls"
     return schema.Finding(
         id="apart",
         title=f"the reward rises while {what} {'falls' if falls else 'does not rise'}",
         level="look" if falls else "note",
         text=f"From step {trend.start} to step {trend.end} the reward goes up and {what} "
-        f"{'goes down' if falls else 'does not follow'}: what is paid for is not what is wanted.",
+        f"{'goes down: what is paid for is not what is wanted' if falls else 'does not follow'}.",
         evidence=_evidence(
             {
-                "change of the reward per 100 steps [95 % interval]": str(trend.first),
-                f"change of {what} per 100 steps [95 % interval]": str(trend.second),
+                "change of the reward over these steps, by a line [95 % interval]": str(trend.first),
+                f"change of {what} [95 % interval]": str(trend.second),
             }
         ),
-        metrics=["reward/mean", name],
+        metrics=["reward/mean", verified],
         filter=f"step >= {trend.start} and correct = 0",
     )
 

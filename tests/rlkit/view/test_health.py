@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,22 @@ def test_a_reward_that_rises_while_accuracy_falls() -> None:
     assert state(rising | {"accuracy/train": [s / 20 for s in range(10)]}, "fooled") == "good"
     assert state(rising, "fooled") == "unknown"
     assert state({"accuracy/train": 0.5}, "fooled") == "absent"
+
+
+def test_few_evaluations_of_a_curve_that_bends_are_no_sign() -> None:
+    """Five evaluations of a run that learns: a line through them may rise or not, their own intervals do."""
+    accuracies = dict(zip((0, 15, 30, 45, 60), (0.27, 0.88, 0.93, 0.95, 0.91), strict=True))
+    training = Table({step: {"reward/mean": step / 60 + step % 2 / 9} for step in range(1, 61)})
+
+    def shown(names: Sequence[str], values: Mapping[int, float]) -> str:
+        width = {"": 0.0, "/low": -0.03, "/high": 0.03}
+        lines = {s: {f"accuracy/heldout{n}": value + width[n] for n in names} for s, value in values.items()}
+        return next(one for one in judge(training, Table(lines), lambda key: None) if one.id == "fooled").word
+
+    assert shown(["", "/low", "/high"], accuracies) == "fine"
+    assert shown([""], accuracies) == "too uncertain"
+    assert shown(["", "/low", "/high"], {s: 1 - a for s, a in accuracies.items()}) == "the reward may be fooled"
+    assert shown(["", "/low", "/high"], {s: 0.5 + s % 2 / 100 for s in accuracies}) == "have a look"
 
 
 def test_a_light_says_its_threshold_and_where_it_held() -> None:

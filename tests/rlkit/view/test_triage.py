@@ -52,7 +52,7 @@ def test_slopes_of_two_metrics_are_of_the_same_steps() -> None:
     found = together(reward, accuracy)
     assert found is not None
     assert (found.start, found.end) == (200, 300)
-    assert found.first.value == pytest.approx(1.0)  # per 100 steps
+    assert found.first.value == pytest.approx(1.0)  # over these 100 steps
     assert found.second.value == pytest.approx(-0.1)
     assert together(reward, accuracy[:3]) is None
 
