@@ -126,6 +126,13 @@ def within_groups(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     return values - (sums / np.maximum(counts, 1))[group]
 
 
+def without(values: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """What a line through `other` does not say of `values`; both of mean 0. NaN where either is."""
+    known = np.isfinite(values) & np.isfinite(other)
+    size = float(other[known] @ other[known])
+    return values - (float(other[known] @ values[known]) / size * other if size > 0 else 0.0 * other)
+
+
 def spread_shares(contributions: Mapping[str, np.ndarray], group: np.ndarray) -> dict[str, float]:
     """Each part's share of the variance of the summed reward within groups: cov(part, sum) / var(sum); they add to 1.
 

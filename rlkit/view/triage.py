@@ -21,6 +21,8 @@ TOP = 0.95
 """Quantile of the rewards above which a sample is at the top."""
 ONE_COMPONENT = 0.8
 CORRELATED = 0.3
+STRONG = 0.6
+"""A correlation that is worth a look though it was as strong early in the run."""
 ROWS = 20
 READ = 250
 """Answers of each kind whose words are counted."""
@@ -82,15 +84,15 @@ def _triage(run: Run) -> schema.TriageResult:
             missing.append(schema.Missing(id=name, why=found))
         elif found is not None:
             findings.append(found)
-    findings.sort(key=lambda one: (one.level != "look", not one.rows))
+    findings.sort(key=lambda one: (one.level != "look", one.id != "apart", not one.rows))
     verifier = bool(np.isfinite(data.correct).any()) and not _judges_itself(run)
     return schema.TriageResult(verifier=verifier, findings=findings, missing=missing)
 
 
 def _judges_itself(run: Run) -> bool:
-    """Whether the verdicts are the reward's own."""
+    """Whether the verdicts are the reward's own; an environment's `success` is not its score."""
     reward, verifier = (run.option(f"{name}._target_") for name in ("reward", "verifier"))
-    return reward is not None and reward == verifier
+    return reward is not None and reward == verifier and "success" not in run.index.names()["component"]
 
 
 def gather(run: Run) -> Samples:
@@ -201,7 +203,10 @@ def _length(run: Run, data: Samples) -> Found:
 
 
 def _digits(run: Run, data: Samples) -> Found:
-    return _paid_for(data, data.digits, "share of digits", ("answers with more digits", "answers with fewer digits"))
+    """Beyond what goes with length: short answers may have a larger share of them."""
+    digits, length = (trends.within_groups(values, data.group) for values in (data.digits, data.length))
+    values = trends.without(digits, length)
+    return _paid_for(data, values, "share of digits", ("answers with more digits", "answers with fewer digits"))
 
 
 def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, str]) -> Found:
@@ -213,7 +218,7 @@ def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, 
     )
     if late is None or abs(late.value) < CORRELATED or late.low <= 0 <= late.high:
         return None
-    grown = early is None or abs(late.value) > abs(early.value) + 0.1
+    strong = early is None or abs(late.value) > min(abs(early.value) + 0.1, STRONG)
     odd = among is not None and abs(among.value) > CORRELATED and among.low * among.high > 0
     which = titles[0] if late.value > 0 else titles[1]
     told = f"wrong ones alone, too: the {what} itself counts" if odd else "which may come from being right"
@@ -221,7 +226,7 @@ def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, 
     return schema.Finding(
         id=what,
         title=f"{which} are paid more",
-        level="look" if odd and grown else "note",
+        level="look" if odd and strong else "note",
         text=f"Of the answers to the same prompt, {which} get more reward, {told}. A correlation of 0 is none, one of "
         "1 or -1 leaves room for nothing else; its 95 % interval stands in brackets.",
         evidence=_evidence({f"correlation, {when}": str(value) for when, value in facts.items() if value}),

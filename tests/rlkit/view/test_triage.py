@@ -23,6 +23,7 @@ from rlkit.view.trends import (
     spread_shares,
     together,
     within_groups,
+    without,
 )
 from rlkit.view.triage import Samples, triage
 
@@ -94,6 +95,15 @@ def test_the_interval_of_a_correlation_within_groups_is_one_of_95_percent(size: 
         assert found is not None
         sure += found.low * found.high > 0
     assert 30 <= sure <= 75
+
+
+def test_without_leaves_what_a_line_does_not_say() -> None:
+    length = np.array([-2.0, -1.0, 0.0, 1.0, 2.0, np.nan])
+    own = np.array([1.0, -2.0, 2.0, -2.0, 1.0, 0.0])  # orthogonal to length
+    left = without(own - 3 * length, length)
+    assert left[:5] == pytest.approx(own[:5])
+    assert np.isnan(left[5])
+    assert without(own, 0 * own) == pytest.approx(own)
 
 
 def test_difference_of_pairs() -> None:
