@@ -45,7 +45,7 @@ def _print_help(usage: str) -> None:
     console = Console()
     console.print(usage + HELP_END, highlight=False, markup=False)
     own = [(name, EvaluateRun.model_fields[name]) for name in ("run", "checkpoints", "run_dir", "resume", "seed")]
-    print_section(console, "What is evaluated", "", own)
+    print_section(console, "What is evaluated", "", own, {"run_dir": ("runs/TIME_evaluate_MODEL_DATA", "")})
     print_section(console, "evaluate", EvaluateConfig.__doc__ or "", all_fields(EvaluateConfig, "evaluate."))
     print_section(console, "model", EvaluatedModel.__doc__ or "", all_fields(EvaluatedModel, "model."))
     print_section(console, "rollout", "", all_fields(RolloutConfig, "rollout."))

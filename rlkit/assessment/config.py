@@ -240,6 +240,7 @@ class _Loading(Loading):
             checked["evaluation"] = evaluation.model_copy(update={"samples": max(1, evaluate.samples)})
         if "data" in self.parts and "seed" in self.available:
             if (source := self._made("data", self.parts["data"])) is not None:
+                source.asks_all = not self.own_questions
                 checked["data"] = source
             of_sets = {name: Part(one.source, one.config) for name, one in self.sets.items()}
             checked["sets"] = {name: self._made(f"{SETS}.{name}", part) for name, part in of_sets.items()}

@@ -227,7 +227,8 @@ def _value(value: float, share: bool, signed: bool = False) -> str:
     sign = "+" if signed else ""
     if math.isnan(value):
         return "-"
-    return f"{100 * value:{sign}.1f} %" if share else f"{value:{sign}.4g}"
+    unit = "points" if signed else "%"
+    return f"{100 * value:{sign}.1f} {unit}" if share else f"{value:{sign}.4g}"
 
 
 def _interval(estimate: Estimate, share: bool, signed: bool = False) -> str:

@@ -40,6 +40,7 @@ from rlkit.experience.scores import RewardFailed
 from rlkit.rollout.requests import GroupRequest
 from rlkit.saving import Stop
 from rlkit.supervision import supervised
+from rlkit.tracking.progress import printable
 from rlkit.tracking.run_folder import RunFolder, write_atomically
 from rlkit.tracking.tracker import Tracker
 
@@ -47,6 +48,8 @@ END_SECONDS = 120.0
 """Time limit for actors, threads and Ray to end."""
 MOST_AT_ONCE = 64
 """Groups in one call of a judge."""
+SHOWN = 3
+"""Answers that are printed where nobody judges them."""
 MESSAGES = 8
 """Lines on the screen that say how far the answers of a model are."""
 
@@ -82,6 +85,8 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         work,
     )
     if found and evaluating.judge is None and evaluating.kind != "recorded":
+        for row in read_rows(folder.path)[:SHOWN]:
+            print(f"\n{printable(row['prompt'][-1]['content'] or '')}\n  {printable(row['response'])}")
         print(f"\n{sum(one.answers for of_set in found for one in of_set.measured)} answers are in {folder.samples}")
     elif found:
         report = "\n\n".join(one.markdown() if markdown else one.text() for one in found)

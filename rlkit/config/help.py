@@ -76,10 +76,6 @@ def print_help(words: Sequence[str] = ()) -> int:
             raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
         if group in options:
             chosen[group] = option
-    for word in (metrics := [word for word in words if word == "metrics" or ("/" in word and "=" not in word)]):
-        _print_metrics(console, word)
-    if metrics and not (words := [word for word in words if word not in metrics]):
-        return 0
     blocks = [*sections(values_of(chosen, folder)), *parts(options, chosen, words)]
     if not words:
         console.print(USAGE, highlight=False)
@@ -88,10 +84,18 @@ def print_help(words: Sequence[str] = ()) -> int:
             _print_block(console, block)
         return 0
     for word in words:
+        if word == "metrics":
+            _print_metrics(console, metric_table.sections())
+            continue
         asked_for = list(matching(word, blocks)) or list(option_block(word, options))
+        if not asked_for and (rows := metric_table.named(word)):
+            _print_metrics(console, {"": rows})
+            continue
         if not asked_for:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
-            raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])
+            names |= {name for row in metric_table.rows() for name in row.names}
+            message = f"no section, option, key or metric; {_near(word, names)}"
+            raise ConfigError([ConfigIssue(f"--help {word}", message)])
         if word in CONTRACTS:
             _print_part(console, word, options[word])
             continue
@@ -100,14 +104,8 @@ def print_help(words: Sequence[str] = ()) -> int:
     return 0
 
 
-def _print_metrics(console: Console, word: str) -> None:
-    """One, with how to read it; or all, with what they mean. Raises ConfigError for one that is not in the table."""
-    try:
-        listed = {"": [metric_table.about(word)]} if word != "metrics" else metric_table.sections()
-    except KeyError as error:
-        names = {name for row in metric_table.rows() for name in row.names}
-        near = _near(word, names, "--help metrics")
-        raise ConfigError([ConfigIssue(f"--help {word}", f"no such metric; {near}")]) from error
+def _print_metrics(console: Console, listed: Mapping[str, Sequence[metric_table.MetricRow]]) -> None:
+    """By section; what they mean, and of those without a section how to read them, too."""
     for section, rows in listed.items():
         console.print(f"\n[bold]{escape(section)}[/]" if section else "", highlight=False)
         for row in rows:
@@ -119,9 +117,9 @@ def _print_metrics(console: Console, word: str) -> None:
                     console.print(Padding(shown, (0, 0, 0, 6)), highlight=False)
 
 
-def _near(word: str, names: set[str], everything: str = "--help alone") -> str:
+def _near(word: str, names: set[str]) -> str:
     text = did_you_mean(word, names).partition(" available: ")[0]
-    return text if text.startswith("did") else f"{everything} lists everything"
+    return text if text.startswith("did") else "--help alone lists keys, --help metrics metrics"
 
 
 def sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
@@ -271,6 +269,8 @@ def print_section(
 
 def default_text(info: FieldInfo, value: tuple[Any, str] | None) -> str:
     plain = "required" if info.is_required() else spelled(info.get_default(call_default_factory=True))
+    if value is not None and not value[1]:
+        return f"default {spelled(value[0])}"
     if value is None or value[0] == "???" or spelled(value[0]) == plain:
         return plain if info.is_required() else f"default {plain}"
     return f"default {spelled(value[0])} ({value[1]}; else {plain})"

@@ -117,6 +117,14 @@ def about(metric: str) -> MetricRow:
     raise KeyError(metric)
 
 
+def named(word: str) -> list[MetricRow]:
+    """That of a metric, or those in whose names the word is."""
+    try:
+        return [about(word)]
+    except KeyError:
+        return [row for row in rows() if any(word in name for name in row.names)]
+
+
 def stands_for(name: str, metric: str) -> bool:
     """Whether a name of the table is that of the metric; the parts that vary are not empty."""
     return _pattern(name).fullmatch(metric) is not None

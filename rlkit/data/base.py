@@ -89,6 +89,8 @@ class DataSource(ABC):
     def __init__(self, config: Any, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.asks_all = False
+        """`load_set` alone will be called: nothing is held out."""
 
     def take_environment(self, environment: type[Environment], options: Any) -> None:  # noqa: B027
         """The run's environment with its options, before anything else is asked: for sources that have its tasks."""

@@ -113,7 +113,7 @@ class TableSource(DataSource):
         """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
         named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
         whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
-        rows = self._divide(self._judged) if whole else self._judged
+        rows = self._divide(self._judged) if whole and not self.asks_all else self._judged
         return rows.get(split, ([], []))[0]
 
     def note(self, what: str, origin: str) -> None:

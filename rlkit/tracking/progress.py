@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -296,7 +298,8 @@ def summary_lines(
     if summary.get("policy"):
         rows["policy"] = f"{summary['policy']} (loads in transformers and in vLLM)"
     rows["run folder"] = str(folder)
-    rows["look"] = f"rlkit view {shlex.quote(str(folder))} (--text: in the terminal)"
+    view = "rlkit view" if shutil.which("rlkit") else f"{shlex.quote(sys.executable)} -m rlkit.view"
+    rows["look"] = f"{view} {shlex.quote(str(folder))} (--text: in the terminal)"
     if not summary.get("ended"):
         rows["train longer"] = (
             f"the same command with run_dir={shlex.quote(str(folder))} resume=auto trainer.total_steps=..."

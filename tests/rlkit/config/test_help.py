@@ -113,6 +113,8 @@ def test_help_on_a_metric(help_on: Typed) -> None:
     assert "trainer.total_steps" not in help_on("accuracy/heldout")
     assert "trainer.total_steps" in help_on("accuracy/heldout", "trainer")
     assert "tokens/per_second" in help_on("metrics")
+    assert "group/all_equal_share" in help_on("group/all")
+    assert "accuracy/train" in help_on("accuracy")
 
 
 def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
@@ -133,8 +135,8 @@ def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
 def test_help_on_nothing_says_so(refused: Typed) -> None:
     assert "did you mean trainer?" in refused("--help", "tranier")
     assert "no such option; did you mean math?" in refused("--help", "reward=mth")
-    assert "no such metric; did you mean reward/mean?" in refused("--help", "reward/meen")
-    assert "--help metrics lists everything" in refused("--help", "x/y")
+    assert "did you mean reward/mean?" in refused("--help", "reward/meen")
+    assert "--help metrics metrics" in refused("--help", "x/y")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
