@@ -203,6 +203,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
     per_update = trainer.prompts_per_step // learner.minibatches_per_step
     most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
     return [
+        *_few_problems(run),
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
         *_episodes(run),
         Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
@@ -217,6 +218,14 @@ def _batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
+
+
+def _few_problems(run: ResolvedRun) -> Iterator[Line]:
+    """Of files: what is drawn, there is enough of."""
+    if getattr(run.data_config, "path", None) and (known := len(_problems(run, "train"))):
+        fewer = known < run.config.trainer.prompts_per_step
+        again = ", fewer than a step takes: it asks them several times" if fewer else ""
+        yield Line("batches", "training data", f"{_count(known, 'problem')}{again}")
 
 
 def _episodes(run: ResolvedRun) -> list[Line]:
