@@ -44,6 +44,7 @@ def commands() -> list[tuple[str, str]]:
 FILES = {
     "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
     "train.jsonl": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3 #### 3"},
+    "test.jsonl": {"question": "What is 2 + 5?", "answer": "2 + 5 = 7 #### 7"},
     "pairs.jsonl": {"prompt": "What is 1 + 2?", "chosen": "1 + 2 = 3", "rejected": "1 + 2 = 4"},
     "responses.jsonl": [
         {"prompt": "What is 1 + 2?", "completion": "3", "label": True},
@@ -106,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     with contextlib.closing(sqlite3.connect(folder / "shop.db")) as connection:
         connection.execute("CREATE TABLE items(name, price)")
-    for run in ("runs/x", "runs/NAME"):
+    for run in ("runs/x", "runs/y_evaluated", "runs/NAME"):
         _run_of_two_checkpoints(folder / run)
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
