@@ -298,7 +298,12 @@ class TestScreens:
         page.get_by_role("group", name="config.yaml").get_by_text("total_steps").wait_for()
         reader.open("overview", run="evaluation_first")
         page.get_by_role("link", name="Results", exact=True).click()
-        page.get_by_role("group", name="Results").get_by_role("cell", name="pass@8").wait_for()
+        measured = page.get_by_role("group", name="Results")
+        measured.get_by_role("cell", name="pass@8").wait_for()
+        assert "in words" not in measured.inner_text()  # it has none
+        differences = page.get_by_role("group", name="Paired differences")
+        assert "step 60 is better" in differences.inner_text()
+        assert differences.bounding_box()["y"] < measured.bounding_box()["y"]
 
     def test_what_is_not_there_is_said(self, reader: Reader) -> None:
         reader.open("overview", run="gone")
