@@ -416,7 +416,7 @@ def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_pat
         page.get_by_role("application", name=re.compile("^reward.mean over step. main: last")).wait_for()
         reader.open("samples", sort="reward", order="desc")
         reader.shows("of them in this report")
-        rewards = [float(row.split()[3]) for row in rows(reader)]
+        rewards = [float(row.split("\n")[3]) for row in rows(reader)]
         assert rewards == sorted(rewards, reverse=True)
         page.get_by_label("Filter").fill("reward > 1")
         page.get_by_label("Filter").press("Enter")
