@@ -404,6 +404,22 @@ class TestLive:
 
 
 @pytest.mark.slow
+def test_components_of_a_single_reward_are_no_bar(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 64)
+    (run / "config.yaml").write_text("reward: {_target_: rewards.function.FunctionReward, function: lengths.short}\n")
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines[1] |= {"components": {}, "reward": 0.25}
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with serving(run, cache=tmp_path / "cache") as link, reading(browser, link) as reader:
+        account = reader.page.get_by_role("region", name=re.compile("^Reward "))
+        reader.open("sample", id=0)
+        reader.shows("need not add up")
+        assert "format 1" in account.inner_text() and account.get_by_role("img").count() == 0
+        reader.open("sample", id=1)
+        reader.shows("lengths.short gave 0.25; it names no components")
+
+
+@pytest.mark.slow
 def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "main.html"
     write(runs / "main", file, 3.0)
