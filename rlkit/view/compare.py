@@ -24,6 +24,8 @@ DOWN = re.compile(r"failed|truncated_share|skipped|unjudged|^time/|malformed|mis
 """Names of metrics of which larger, or smaller, values are better; of others that cannot be said."""
 _PAIRED = {"accuracy/heldout": "correct", "reward/heldout": "reward"}
 """Metrics that are the mean of a column, over evaluated samples of no further set."""
+Points = dict[str, dict[int, float]]
+"""Of a run: by metric, by step."""
 
 
 def configuration(runs: Sequence[Run], asked: AboutRuns) -> ConfigResult:
@@ -50,12 +52,12 @@ def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
         raise UserError("runs=A,B: a comparison wants at least two runs")
     points = [run.remembered("points", partial(_points, run)) for run in runs]
     names = dict.fromkeys(name for own in points for name in own)
-    metrics = [_metric(runs, name, [own.get(name, {}) for own in points]) for name in names]
+    metrics = [_metric(runs, name, points) for name in names]
     prompts, following = _prompts(runs, asked.cursor)
     return CompareResult(metrics=metrics, prompts=prompts, next=following)
 
 
-def _points(run: Run) -> dict[str, dict[int, float]]:
+def _points(run: Run) -> Points:
     """Of each metric the values by step: of evaluations, or else of training."""
     metrics = run.metrics
     evaluated = {name: dict(points) for name in metrics.names if (points := metrics.evaluation.points(name))}
@@ -63,7 +65,8 @@ def _points(run: Run) -> dict[str, dict[int, float]]:
     return evaluated | {name: points for name, points in trained.items() if name not in evaluated}
 
 
-def _metric(runs: Sequence[Run], name: str, points: Sequence[Mapping[int, float]]) -> ComparedMetric:
+def _metric(runs: Sequence[Run], name: str, of_runs: Sequence[Points]) -> ComparedMetric:
+    points = [own.get(name, {}) for own in of_runs]
     values = [own[max(own)] if own else None for own in points]
     best = max if UP.search(name) else min if DOWN.search(name) else None
     first, last = values[0], values[-1]
@@ -74,6 +77,13 @@ def _metric(runs: Sequence[Run], name: str, points: Sequence[Mapping[int, float]
         pairs = np.array([points[-1][step] - points[0][step] for step in common[len(common) // 2 :]])
     interval = mean_difference(pairs, of_steps=not of_prompts)
     plain = None if first is None or last is None else last - first
+    verdict = "" if best is None else f", which is {'better' if best is max else 'worse'}"
+    if name.startswith("reward/") and runs[0].option("reward") != runs[-1].option("reward"):
+        verdict = ", by another reward"
+    if interval:
+        words = _words(interval, of_prompts, verdict, runs)
+    else:
+        words = _words_without_pairs(plain, [_ends(own, name) for own in (of_runs[0], of_runs[-1])], verdict, runs)
     return ComparedMetric(
         name=name,
         values=values,
@@ -82,20 +92,42 @@ def _metric(runs: Sequence[Run], name: str, points: Sequence[Mapping[int, float]
         low=interval.low if interval else None,
         high=interval.high if interval else None,
         paired=len(pairs),
-        words=_words(interval, of_prompts, None if best is None else best is max, runs),
+        words=words,
     )
 
 
-def _words(interval: Interval | None, of_prompts: bool, up: bool | None, runs: Sequence[Run]) -> str:
-    if interval is None:
-        return "no pairs: nothing can be said of the difference"
+def _words(interval: Interval, of_prompts: bool, verdict: str, runs: Sequence[Run]) -> str:
     over = "common prompts" if of_prompts else "the later half of the common steps"
     if interval.low <= 0 <= interval.high:
         return f"no winner over {over}: the interval holds 0"
-    higher, other = (runs[-1], runs[0]) if interval.value > 0 else (runs[0], runs[-1])
-    judged = "" if up is None else f", which is {'better' if up else 'worse'}"
     caution = "" if of_prompts else "; of these two runs, not of other seeds"
-    return f"{higher.id} is above {other.id} over {over}{judged}{caution}"
+    return f"{_above(interval.value, runs)} over {over}{verdict}{caution}"
+
+
+def _words_without_pairs(
+    difference: float | None, ends: Sequence[tuple[float, float] | None], verdict: str, runs: Sequence[Run]
+) -> str:
+    """`ends` are those of the two runs' own intervals at their last steps."""
+    if difference is None:
+        return "one of the runs has no value"
+    first, last = ends
+    if first is None or last is None:
+        return "last − last, too few pairs: nothing can be said of the difference"
+    if first[0] <= last[1] and last[0] <= first[1]:
+        return "last − last, no winner: the intervals of the last evaluations overlap"
+    above = _above(difference, runs)
+    return f"last − last, {above}{verdict}: the intervals of the last evaluations do not overlap"
+
+
+def _ends(points: Points, name: str) -> tuple[float, float] | None:
+    """Of the interval that the metric's last value was recorded with."""
+    low, high = (points.get(f"{name}/{end}", {}).get(max(points.get(name, {}), default=0)) for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _above(difference: float, runs: Sequence[Run]) -> str:
+    higher, other = (runs[-1], runs[0]) if difference > 0 else (runs[0], runs[-1])
+    return f"{higher.id} is above {other.id}"
 
 
 def _of_prompts(first: Run, last: Run, column: str) -> np.ndarray:

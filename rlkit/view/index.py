@@ -26,13 +26,14 @@ from typing import Any
 from rlkit.view.rows import Position, listed, number, parsed, read_on, said, text, whole
 from rlkit.view.tokens import samples_in
 
-FORMAT = 4
+FORMAT = 5
 """Part of a cache file's name: one of another format is not read, and removed once it is old."""
 UNUSED_DAYS = 30
 """After which the cache of a run is removed."""
 SEARCHED = 4096
 """Characters at the beginning of a prompt and of a response that full text search knows."""
 HEAD = 200
+"""Characters of a prompt and of a response that lists show."""
 MOST_COMPONENTS = 100
 MOST_NAMES = 1000
 """Of components and rescored rewards: SQLite has 2,000 columns a table."""
@@ -101,10 +102,15 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
     return Indexed(
         row_number,
         [values[name] for name in COLUMNS],
-        (said(row.get("prompt"), last=True)[:HEAD], response[:HEAD]),
+        (_ends(said(row.get("prompt"), last=True)), response[:HEAD]),
         (said(row.get("prompt"))[:SEARCHED], searched),
         dict(kept),
     )
+
+
+def _ends(prompt: str) -> str:
+    """Long prompts begin alike: what tells one from the other is often at the end."""
+    return prompt if len(prompt) <= HEAD else f"{prompt[: HEAD // 2]} … {prompt[-HEAD // 2 :]}"
 
 
 class _Opened(threading.local):

@@ -143,7 +143,7 @@ class Run:
             state=state,
             state_text=words,
             algorithm=_short(self.option("algorithm._target_")),
-            reward=_short(self.option("reward._target_")),
+            reward=str(self.option("reward.function") or _short(self.option("reward._target_"))),
             model=str(self.option("model.path", "")),
             data=str(self.option("data.path") or _short(self.option("data._target_"))),
             step=metrics.step,

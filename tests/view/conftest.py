@@ -21,7 +21,12 @@ RESULTS = {
             "answers": 512, "wrong": 256, "left_out": 0, "length": ESTIMATE, "truncated_share": 0.0, "reward": None,
         }
     ],
-    "comparisons": [],
+    "comparisons": [
+        {
+            "first": "step 0", "second": "step 60", "difference": ESTIMATE, "better": 40, "worse": 8,
+            "sign_test_p": 1e-4, "winner": "step 60",
+        }
+    ],
 }  # fmt: skip
 """As `python -m rlkit.evaluate` writes them."""
 

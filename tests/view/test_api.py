@@ -10,8 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from rlkit.view import schema
+from rlkit.view.filter import SQL
 
-SOURCE = (Path(__file__).parents[2] / "view" / "src" / "api.ts").read_text()
+VIEW = Path(__file__).parents[2] / "view" / "src"
+SOURCE = (VIEW / "api.ts").read_text()
 MODELS = {
     "Run": schema.RunInfo, "Runs": schema.RunList, "Columns": schema.Series, "Metrics": schema.MetricsResult,
     "Tile": schema.Tile, "Light": schema.Light, "Overview": schema.OverviewResult, "Summary": schema.SampleSummary,
@@ -43,3 +45,11 @@ def test_interface(name: str) -> None:
     for field, text in written.items():
         nullable = NoneType in get_args(expected[field].annotation)
         assert bool(re.search(r"\| null$", text)) == nullable, f"{name}.{field}: {text}"
+
+
+def test_help_lists_the_fields_of_the_filter() -> None:
+    listed = re.findall(r'\["(numbers|texts|flags)", "(.*)"\]', (VIEW / "parts" / "Help.svelte").read_text())
+    known: dict[str, set[str]] = {"numbers": set(), "texts": set(), "flags": set()}
+    for name in SQL.keys() - {"finish_reason"}:  # another name of `finish`
+        known[f"{SQL[name][1]}s"].add(name)
+    assert {kind: set(names.split()) for kind, names in listed} == known

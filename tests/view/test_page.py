@@ -298,7 +298,12 @@ class TestScreens:
         page.get_by_role("group", name="config.yaml").get_by_text("total_steps").wait_for()
         reader.open("overview", run="evaluation_first")
         page.get_by_role("link", name="Results", exact=True).click()
-        page.get_by_role("group", name="Results").get_by_role("cell", name="pass@8").wait_for()
+        measured = page.get_by_role("group", name="Results")
+        measured.get_by_role("cell", name="pass@8").wait_for()
+        assert "in words" not in measured.inner_text()  # it has none
+        differences = page.get_by_role("group", name="Paired differences")
+        assert "step 60 is better" in differences.inner_text()
+        assert differences.bounding_box()["y"] < measured.bounding_box()["y"]
 
     def test_what_is_not_there_is_said(self, reader: Reader) -> None:
         reader.open("overview", run="gone")
@@ -399,6 +404,22 @@ class TestLive:
 
 
 @pytest.mark.slow
+def test_components_of_a_single_reward_are_no_bar(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 64)
+    (run / "config.yaml").write_text("reward: {_target_: rewards.function.FunctionReward, function: lengths.short}\n")
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines[1] |= {"components": {}, "reward": 0.25}
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with serving(run, cache=tmp_path / "cache") as link, reading(browser, link) as reader:
+        account = reader.page.get_by_role("region", name=re.compile("^Reward "))
+        reader.open("sample", id=0)
+        reader.shows("need not add up")
+        assert "format 1" in account.inner_text() and account.get_by_role("img").count() == 0
+        reader.open("sample", id=1)
+        reader.shows("lengths.short gave 0.25; it names no components")
+
+
+@pytest.mark.slow
 def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "main.html"
     write(runs / "main", file, 3.0)
@@ -411,7 +432,7 @@ def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_pat
         page.get_by_role("application", name=re.compile("^reward.mean over step. main: last")).wait_for()
         reader.open("samples", sort="reward", order="desc")
         reader.shows("of them in this report")
-        rewards = [float(row.split()[3]) for row in rows(reader)]
+        rewards = [float(row.split("\n")[3]) for row in rows(reader)]
         assert rewards == sorted(rewards, reverse=True)
         page.get_by_label("Filter").fill("reward > 1")
         page.get_by_label("Filter").press("Enter")

@@ -2,7 +2,7 @@
 import type { Run, Summary } from "./api";
 import { extent } from "./numbers";
 import { valueOf } from "./source";
-import { judged, number } from "./text";
+import { apart, judged, number } from "./text";
 
 export interface Column {
   key: string;
@@ -13,6 +13,8 @@ export interface Column {
   number: boolean;
   /** ends of a bar behind the number */
   range?: [number, number];
+  /** how a text reads */
+  short?: (text: string) => string;
 }
 
 const text = (key: string, title: string, note: string, width: string): Column => ({ key, title, note, width, number: false });
@@ -27,7 +29,10 @@ export function columnsOf(run: Run | undefined, rows: Summary[]): Column[] {
   };
   return [
     numeric("step", "step", "training step that used it, or the checkpoint's step", "52px"),
-    text("prompt_id", "prompt", "which prompt of the data", "76px"),
+    {
+      ...text("prompt_head", "prompt", "its last message, without the words with which all of them begin", "minmax(160px, 0.5fr)"),
+      short: apart(rows.map(({ prompt_head }) => prompt_head)),
+    },
     numeric("sample", "#", "place in its group", "36px"),
     paid("reward", "reward", "what the algorithm learnt from", "80px"),
     ...(has?.components ?? []).map((name) => paid("component:" + name, name, `component ${name} of the reward, as measured`)),
@@ -45,7 +50,7 @@ export function columnsOf(run: Run | undefined, rows: Summary[]): Column[] {
   ].filter((column) => !!column);
 }
 
-export function shown({ key }: Column, value: unknown): string {
+export function shown({ key, short = String }: Column, value: unknown): string {
   if (key === "correct") return judged(value as number);
-  return typeof value === "number" ? number(value) : String(value).replace(/\s+/g, " ");
+  return typeof value === "number" ? number(value) : short(String(value)).replace(/\s+/g, " ");
 }

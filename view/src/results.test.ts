@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { rows } from "./results";
+import { tables } from "./results";
 
 const estimate = (value: number) => ({ value, low: value - 0.1, high: value + 0.1, questions: 80 });
 
@@ -7,15 +7,15 @@ test("a row for each number, and words for each comparison", () => {
   const line = { step: 60, decoding: "sampled", mean: estimate(0.5), of_k: { "pass@": { "4": estimate(0.7) } }, wrong: 40 };
   const more = { answers: 90, left_out: 10, length: estimate(12), truncated_share: 0, reward: null };
   const comparison = { first: "step 0", second: "step 60", difference: estimate(0.05), better: 9, worse: 8, sign_test_p: 1 };
-  const table = rows({ schema: 1, lines: [{ ...line, ...more }], comparisons: [{ ...comparison, winner: null }] })!;
-  expect(table.map(({ of, metric }) => [of, metric])).toEqual([
+  const { measured, differences } = tables({ schema: 1, lines: [{ ...line, ...more }], comparisons: [{ ...comparison, winner: null }] })!;
+  expect([...measured, ...differences].map(({ of, metric }) => [of, metric])).toEqual([
     ["step 60, sampled", "accuracy"],
     ["step 60, sampled", "pass@4"],
     ["step 60, sampled", "tokens of an answer"],
     ["step 60 less step 0", "difference"],
   ]);
-  expect(table[0].words).toContain("10 of 90 answers");
-  expect(table[3].words).toContain("no winner");
+  expect(measured[0].words).toContain("10 of 90 answers");
+  expect(differences[0].words).toContain("no winner");
 });
 
-test("another schema is not guessed at", () => expect(rows({ schema: 2 })).toBeNull());
+test("another schema is not guessed at", () => expect(tables({ schema: 2 })).toBeNull());

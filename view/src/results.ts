@@ -1,4 +1,4 @@
-// The table of results.json, schema 1 of `python -m rlkit.evaluate` (rlkit/assessment/report.py).
+// The tables of results.json, schema 1 of `python -m rlkit.evaluate` (rlkit/assessment/report.py).
 import type { Results } from "./api";
 import { number } from "./text";
 
@@ -22,10 +22,10 @@ export interface Row {
   words?: string;
 }
 
-/** Null for a schema that this page does not know. */
-export function rows(results: Results): Row[] | null {
+/** What was measured, and the paired differences; null for a schema that this page does not know. */
+export function tables(results: Results): { measured: Row[]; differences: Row[] } | null {
   if (results.schema !== 1) return null;
-  return [...(results.lines as Line[]).flatMap(measured), ...(results.comparisons as Comparison[]).map(compared)];
+  return { measured: (results.lines as Line[]).flatMap(measured), differences: (results.comparisons as Comparison[]).map(compared) };
 }
 
 function measured({ step, decoding, mean, of_k, wrong, answers, left_out, length, reward }: Line): Row[] {

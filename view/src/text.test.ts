@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { binned, bytes, duration, measured, number, pieces, plain, signed } from "./text";
+import { apart, binned, bytes, duration, measured, number, pieces, plain, signed } from "./text";
 
 test.each([
   [null, "–"],
@@ -39,4 +39,10 @@ test("halves of surrogate pairs are escapes, whole pairs are not", () => {
   expect(plain("😀")).toBe("😀");
   expect(plain("\ud83d x \ude00")).toBe("\\ud83d x \\ude00");
   expect(pieces("<b>&amp;")).toEqual([{ text: "<b>&amp;", escape: false }]);
+});
+
+test("what all texts begin with is left out, but not words that begin alike", () => {
+  expect(["Solve this problem: 12 + 3", "Solve this problem: 14 + 3"].map((text, _, all) => apart(all)(text))).toEqual(["…12 + 3", "…14 + 3"]);
+  expect(apart(["A bus has 6 riders", "A cat has 4 legs"])("A bus has 6 riders")).toBe("A bus has 6 riders");
+  expect(apart(["the same text of all", "the same text of all"])("the same text of all")).toBe("the same text of all");
 });

@@ -88,6 +88,17 @@ export function text(value: unknown): string {
   return typeof value === "string" ? value : value === undefined ? "" : JSON.stringify(value, null, 2);
 }
 
+const SHARED = 12; // characters that texts may share before their beginning is left out
+
+/** Leaves out the words with which all of these texts begin, so that what tells them apart is seen first. */
+export function apart(texts: string[]): (text: string) => string {
+  const [first = "", ...others] = new Set(texts);
+  let shared = others.length ? first.length : 0;
+  for (const other of others) while (!other.startsWith(first.slice(0, shared))) shared--;
+  const start = first.slice(0, shared).search(/\S*$/);
+  return (text) => (start > SHARED ? "…" + text.slice(start) : text);
+}
+
 // Control characters but tab and line feed, marks of direction, invisible joiners, and halves of surrogate pairs.
 const HIDDEN =
   // eslint-disable-next-line no-control-regex

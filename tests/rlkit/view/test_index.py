@@ -51,6 +51,15 @@ def test_half_a_line_waits_for_its_other_half(run: Path) -> None:
     assert hits(index, "word3") == [2]
 
 
+def test_a_long_prompt_is_listed_with_its_end(run: Path) -> None:
+    prompt = [{"role": "user", "content": "Instructions. " * 50 + "What is 3 + 4?"}]
+    (run / "samples.jsonl").write_bytes(line(1, prompt=prompt))
+    index = SampleIndex(run)
+    indexed(index)
+    (head,) = index.all("SELECT prompt FROM heads")
+    assert head.startswith("Instructions.") and head.endswith("What is 3 + 4?") and len(head) < 210
+
+
 def test_a_resumed_run_cuts_its_file_and_writes_on(run: Path) -> None:
     """Also beyond the place up to which the index had read, and with lines of the same lengths."""
     file = run / "samples.jsonl"

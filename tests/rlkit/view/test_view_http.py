@@ -184,6 +184,28 @@ def test_comparisons_name_no_winner_in_noise(client: httpx.Client) -> None:
     assert differing == ["run_dir", "trainer.total_steps"]
 
 
+def test_one_evaluation_each_is_judged_by_its_own_intervals(tmp_path: Path) -> None:
+    values = {"one": (0.2, 0.5), "two": (0.6, 0.7), "three": (0.25, 0.5)}
+    for name, (accuracy, reward) in values.items():
+        (tmp_path / name).mkdir()
+        line = {"kind": "evaluation", "step": 5, "accuracy/heldout": accuracy, "reward/heldout": reward}
+        for metric in ("accuracy/heldout", "reward/heldout"):
+            line |= {f"{metric}/low": line[metric] - 0.05, f"{metric}/high": line[metric] + 0.05}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / name / "config.yaml").write_text(f"reward:\n  kind: {'judge' if name == 'two' else 'rule'}\n")
+    with serving(Runs([tmp_path])) as client:
+
+        def words(runs: str) -> dict[str, str]:
+            return {metric["name"]: metric["words"] for metric in get(client, "/api/compare", runs=runs)["metrics"]}
+
+        apart, alike = words("one,two"), words("one,three")
+    above = "last − last, two is above one"
+    assert apart["accuracy/heldout"].startswith(f"{above}, which is better: the intervals")
+    assert apart["reward/heldout"].startswith(f"{above}, by another reward: the intervals")
+    assert alike["accuracy/heldout"] == "last − last, no winner: the intervals of the last evaluations overlap"
+    assert "nothing can be said" in alike["accuracy/heldout/low"]
+
+
 def test_answers_to_further_sets_are_not_those_to_the_questions_themselves(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "last", tmp_path / "last")
     with (tmp_path / "last/samples.jsonl").open("a") as file:
