@@ -78,7 +78,7 @@ def _metric(runs: Sequence[Run], name: str, of_runs: Sequence[Points]) -> Compar
     interval = mean_difference(pairs, of_steps=not of_prompts)
     plain = None if first is None or last is None else last - first
     verdict = "" if best is None else f", which is {'better' if best is max else 'worse'}"
-    if name.startswith("reward/") and runs[0].option("reward") != runs[-1].option("reward"):
+    if name.startswith("reward/") and _judges(runs[0], name) != _judges(runs[-1], name):
         verdict = ", by another reward"
     if interval:
         words = _words(interval, of_prompts, verdict, runs)
@@ -94,6 +94,11 @@ def _metric(runs: Sequence[Run], name: str, of_runs: Sequence[Points]) -> Compar
         paired=len(pairs),
         words=words,
     )
+
+
+def _judges(run: Run, name: str) -> object:
+    """The configuration of what gives a metric's values."""
+    return run.option("verifier" if name.startswith(("reward/heldout", "reward/train")) else "reward")
 
 
 def _words(interval: Interval, of_prompts: bool, verdict: str, runs: Sequence[Run]) -> str:

@@ -192,7 +192,7 @@ def test_one_evaluation_each_is_judged_by_its_own_intervals(tmp_path: Path) -> N
         for metric in ("accuracy/heldout", "reward/heldout"):
             line |= {f"{metric}/low": line[metric] - 0.05, f"{metric}/high": line[metric] + 0.05}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        (tmp_path / name / "config.yaml").write_text(f"reward:\n  kind: {'judge' if name == 'two' else 'rule'}\n")
+        (tmp_path / name / "config.yaml").write_text(f"verifier:\n  kind: {'judge' if name == 'two' else 'rule'}\n")
     with serving(Runs([tmp_path])) as client:
 
         def words(runs: str) -> dict[str, str]:
