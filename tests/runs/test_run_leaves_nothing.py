@@ -150,8 +150,8 @@ def test_a_run_that_waits_says_for_whom_and_ends_with_the_cause(start: Start) ->
     assert run.end(120) == 1, run.text
     lines = [line for line in run.text.splitlines() if line.startswith("waiting long: ")]
     assert 2 <= len(lines) <= 6, run.text
-    worker = r"the rollout pool for rollout worker 0 to (sample \d of 4 groups: \d{8} of prompt \S+|answer `prepare`)"
-    assert all(re.search(worker, line) for line in lines), lines
+    worker = r"for rollout worker 0 to (sample \d of 4 groups: \d{8} of prompt \S+|answer `prepare`)"
+    assert all(re.search(f"the rollout pool {worker}", line) for line in lines), lines
     assert lines == [
         line[9:] for line in (run.folder / "logs/console.log").read_text().splitlines() if line[9:] in lines
     ]
