@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import threading
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ MOST_ROWS = 1000
 MOST_COLUMNS = 200
 """Of a distribution over steps; more steps are merged."""
 SHOWN = [name for name in schema.SampleSummary.model_fields if name in COLUMNS]
+_COLUMNS = threading.Lock()
+"""Held to read columns: sqlite3 gives Python's lock away at each row, and threads side by side take twice as long as
+one after the other."""
 _TERM = re.compile(r'"([^"]*)"?|(\S+)')
 
 
@@ -109,8 +114,10 @@ def columns(run: Run, names: Sequence[str], asked: Restricted) -> list[np.ndarra
     """Numbers [N] of the chosen samples in the order of the file, one array per name; unknown: NaN."""
     keys, where = [_number(run, name) for name in names], _where(run, asked)
     known = ", ".join(f"ifnull({key}, 9e999)" for key in keys)  # no recorded number is infinite
-    rows = run.index.connection().execute(f"SELECT {known} FROM rows WHERE {where.text} ORDER BY id", where.parameters)
-    table = np.fromiter(chain.from_iterable(rows), np.float64).reshape(-1, len(keys)).T
+    query = f"SELECT {known} FROM rows WHERE {where.text} ORDER BY id"
+    with _COLUMNS:
+        rows = run.index.connection().execute(query, where.parameters)
+        table = np.fromiter(chain.from_iterable(rows), np.float64).reshape(-1, len(keys)).T
     return list(np.where(np.isinf(table), np.nan, table))
 
 
@@ -162,6 +169,10 @@ class DistributionAsked(schema.AboutRun):
 def distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResult:
     """A histogram of each step, all with the same edges; of training samples, or of an evaluation's. `entropy`: of
     tokens, where recorded."""
+    return run.remembered(f"distribution {asked.bins} {asked.key}", partial(_distribution, run, asked))
+
+
+def _distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResult:
     if asked.key == "entropy":
         steps, values = tokens.recorded(run.path, "entropy")
     else:
