@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_venv import own_python
 from paths import ROOT
 from run_fixture import Run
 
@@ -178,6 +180,38 @@ def test_a_wrong_token_ends_it_with_the_server_s_word(server: str, tmp_path: Pat
     done = command("rlkit.generate", *words, "data=arithmetic", "evaluate.questions=4", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 1 and "401" in done.stderr
     assert not (tmp_path / "run/samples.jsonl").exists(), "the folder is free for another try"
+
+
+@pytest.mark.parametrize(
+    ("packages", "file", "language", "command_of", "reported"),
+    [
+        (("inspect-ai==0.3.285", "openai"), "questions.py", "python", "inspect eval", "pass_at_2"),
+        (("lm-eval[api]==0.4.13",), "questions.yaml", "yaml", "lm_eval run", "exact_match"),
+    ],
+    ids=["inspect", "lm_eval"],
+)
+def test_other_harnesses_ask_as_the_page_says(
+    server: str, tmp_path: Path, packages: Sequence[str], file: str, language: str, command_of: str, reported: str
+) -> None:
+    """With the page's own task and command."""
+    blocks = re.findall(
+        r"^```(\w+)\n(.*?)^```", (ROOT / "docs/harnesses.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    (task,) = [text for kind, text in blocks if kind == language]
+    (typed,) = [text for kind, text in blocks if kind == "console" and command_of in text]
+    (tmp_path / file).write_text(task)
+    asked = [{"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2} #### {n + 2}"} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for old, new in (("http://127.0.0.1:8000/v1", server), ("SECRET", "a-secret-of-the-test"), ("policy", "tiny")):
+        assert old in typed
+        typed = typed.replace(old, new)
+    python = own_python(tmp_path.parent, *packages)
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-c", typed], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert reported in done.stdout, done.stdout[-2000:]
 
 
 def test_answers_alone(trained: Run, tmp_path: Path) -> None:
