@@ -86,7 +86,7 @@ class Benchmark:
         from rlkit.rollout.requests import GroupRequest
 
         prompts = [
-            Prompt(task.id, task.messages, tuple(self.episodes.renderer.first(task.messages)))
+            Prompt(task.id, task.messages, tuple(self.episodes.renderer.whole(task.messages)))
             for task in Echo.tasks(None, "train", 0)[:GROUPS]
         ]
         names = [f"{number}-{place}" for place in range(GROUPS)]
