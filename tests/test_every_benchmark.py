@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_fixture import needs_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k" / "model_solutions.jsonl"
@@ -51,7 +52,7 @@ def test_runs(name: str) -> None:
     if name == "verifiers" and not SOLUTIONS.is_file():
         pytest.skip(f"{SOLUTIONS} is not there")
     if name == "view_page":
-        pytest.importorskip("playwright")
+        needs_chromium()
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *shlex.split(SMALL[name])],
         cwd=ROOT,

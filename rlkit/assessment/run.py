@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import yaml
@@ -29,6 +30,7 @@ from rlkit.assessment.rows import (
     causes,
     cut_to_whole_lines,
     read_rows,
+    written_rows,
 )
 from rlkit.assessment.sources import Answers, Machinery, machinery, recorded
 from rlkit.cluster.waiting import blocking
@@ -43,6 +45,7 @@ from rlkit.supervision import supervised
 from rlkit.tracking.progress import printable
 from rlkit.tracking.run_folder import RunFolder, write_atomically
 from rlkit.tracking.tracker import Tracker
+from rlkit.view.rows import said
 
 END_SECONDS = 120.0
 """Time limit for actors, threads and Ray to end."""
@@ -85,8 +88,8 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         work,
     )
     if found and evaluating.judge is None and evaluating.kind != "recorded":
-        for row in read_rows(folder.path)[:SHOWN]:
-            print(f"\n{printable(row['prompt'][-1]['content'] or '')}\n  {printable(row['response'])}")
+        for row in islice(written_rows(folder.path), SHOWN):
+            print(f"\n{printable(said(row['prompt'], last=True))}\n  {printable(row['response'])}")
         print(f"\n{sum(one.answers for of_set in found for one in of_set.measured)} answers are in {folder.samples}")
     elif found:
         report = "\n\n".join(one.markdown() if markdown else one.text() for one in found)

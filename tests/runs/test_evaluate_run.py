@@ -221,6 +221,7 @@ def test_answers_alone(trained: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answers = rows(tmp_path / "answers")
     assert len(answers) == 5 and all(row["response"] and row["correct"] is None for row in answers)
+    assert " ".join(answers[0]["response"].split()) in done.stdout
     assert "accuracy" not in done.stdout
 
 
