@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from rlkit.models.usable import known_run
 
 GPUS_PER_MACHINE = 8
 NVIDIA_SECONDS = 20.0
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 PRECISION = 0.15
 """Of the predicted host memory; what may just fit is not refused."""
 
@@ -85,16 +86,34 @@ def host_memory() -> float:
 
 
 def gpus_here() -> list[float]:
-    """Bytes of each GPU of this machine, as nvidia-smi lists them."""
+    """Bytes of each GPU of this machine that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
-    asked = [command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    asked = [command, "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [float(line) * 2**20 for line in answer.splitlines() if line.strip().isdigit()]
+    rows = [line.rpartition(",") for line in answer.splitlines()]
+    cards = {name.strip(): float(size) * 2**20 for name, _, size in rows if size.strip().isdigit()}
+    return _visible(cards, os.environ.get(VISIBLE_GPUS))
+
+
+def _visible(cards: Mapping[str, float], names: str | None) -> list[float]:
+    """Of a part of a GPU (MIG), whose size nvidia-smi tells elsewhere, the smallest card's."""
+    sizes = list(cards.values())
+    if names is None or not sizes:
+        return sizes
+    visible = []
+    for name in (part.strip() for part in names.split(",")):
+        if name.isdigit() and int(name) < len(sizes):
+            visible.append(sizes[int(name)])
+        elif name.startswith(("GPU-", "MIG-")):
+            visible.append(next((size for uuid, size in cards.items() if uuid.startswith(name)), min(sizes)))
+        else:
+            break  # as CUDA does
+    return visible
 
 
 def refuse_missing_packages(config: RunConfig) -> None:
@@ -107,20 +126,21 @@ def refuse_missing_packages(config: RunConfig) -> None:
 
 def refuse_missing_gpus(config: RunConfig) -> None:
     """Ray would wait for them for a minute. Raises ConfigError if a run that starts its own Ray asks for more."""
-    if config.cluster.device == "cpu" or not starts_ray(config.cluster):
-        return
-    there, needed = len(gpus_here()), _gpus(config)
-    if there < needed:
-        raise ConfigError(
-            [
-                ConfigIssue(
-                    "cluster.device=cuda",
-                    f"wants {needed} {'GPU' if needed == 1 else 'GPUs'}, and this machine has {there or 'none'}; "
-                    "cluster=local_cpu runs on its CPU, cluster.address joins a Ray cluster that has them, "
-                    "dry_run=true only plans",
-                )
-            ]
+    if config.cluster.device == "cuda" and starts_ray(config.cluster):
+        remedy = (
+            "cluster=local_cpu runs on its CPU, cluster.address joins a Ray cluster that has them, "
+            "dry_run=true only plans"
         )
+        refuse_fewer_gpus(_gpus(config), "cluster.device=cuda", remedy)
+
+
+def refuse_fewer_gpus(needed: int, where: str, remedy: str) -> None:
+    """Raises ConfigError, at `where`, if this process may use fewer."""
+    there, named = len(gpus_here()), os.environ.get(VISIBLE_GPUS)
+    if there < needed:
+        of_them = "" if named is None else f" for this process ({VISIBLE_GPUS}={named})"
+        wants = f"wants {needed} {'GPU' if needed == 1 else 'GPUs'}, and this machine has {there or 'none'}{of_them}"
+        raise ConfigError([ConfigIssue(where, f"{wants}; {remedy}")])
 
 
 def _gpus(config: RunConfig) -> int:

@@ -19,6 +19,7 @@ from rlkit.config.command import print_error
 from rlkit.config.compose import group_options, headline, option_fields
 from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
+from rlkit.config.machine import refuse_fewer_gpus
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
 from rlkit.data.base import DataConfig
@@ -152,8 +153,11 @@ def print_help() -> None:
 
 
 def launch(resolved: ResolvedRewardTraining) -> int:
-    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM. Raises NotInstalledError."""
+    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM. Raises NotInstalledError, and
+    ConfigError where GPUs are lacking."""
     refuse_without("torch", "transformers", "deepspeed")
+    if resolved.config.device == "cuda":
+        refuse_fewer_gpus(resolved.reward.ranks, "device=cuda", "each rank (reward.ranks) takes one")
     return run_ranks(resolved.reward.ranks, resolved.config.rank_timeout_seconds, LIMIT, run_rank, resolved)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prm_fixture import write_chat_model, write_rollouts
 
 from benchmarks.memory import PRESETS, SHAPES, write_model
 from rlkit.config.loading import load_config
@@ -17,6 +18,7 @@ from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun
 from rlkit.config.store import object_store_bytes
 from rlkit.train import main
+from rlkit.train_reward import main as train_reward
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,54 @@ def test_a_run_without_its_gpus_is_refused_at_once(shapes: Path, capsys: pytest.
     assert main(["reward=rule", "cluster=single_gpu", f"run_dir={shapes}/never"]) == 2
     assert "this machine has none; cluster=local_cpu runs on its CPU" in capsys.readouterr().err
     assert not (shapes / "never").exists()
+
+
+SMI = """#!/bin/sh
+echo "GPU-aa11, 81559"
+echo "GPU-bb22, 40960"
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text(SMI)
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("visible", "mib"),
+    [
+        (None, [81559, 40960]),
+        ("", []),
+        ("1", [40960]),
+        ("1, 0", [40960, 81559]),
+        ("0,7,1", [81559]),  # what follows an unknown one does not count
+        ("GPU-bb", [40960]),
+        ("MIG-cc33,MIG-dd44", [40960, 40960]),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_are_those_that_cuda_shows(visible: str | None, mib: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_here() == [size * 2**20 for size in mib]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_ranks_than_visible_gpus_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    own = [
+        f"data.path={write_rollouts(tmp_path / 'rows.jsonl')}",
+        f"reward.model_path={write_chat_model(tmp_path / 'model')}",
+    ]
+    assert train_reward([*own, "device=cuda", "reward.ranks=2", f"run_dir={tmp_path}/never"]) == 2
+    assert "wants 2 GPUs, and this machine has 1 for this process (CUDA_VISIBLE_DEVICES=1)" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize(
