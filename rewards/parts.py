@@ -59,6 +59,7 @@ def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
         environment=own.environment or outcome.environment,
         steps=own.steps or outcome.steps,
         outcome_rewards=own.outcome_rewards and outcome.outcome_rewards,
+        raw_scores=own.outcome_rewards and outcome.raw_scores,
     )
 
 

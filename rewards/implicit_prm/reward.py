@@ -59,7 +59,14 @@ class ImplicitPRM(TrainableReward):
                     check_model_folder(path)
             except ModelFolderError as error:
                 messages.append(f"reward.{name}: {error}")
-        return messages + ([] if config.outcome is None else outcome_problems(config.outcome, config.timeout_seconds))
+        if config.outcome is not None:
+            messages += outcome_problems(config.outcome, config.timeout_seconds)
+            if config.update != "none" and cls.traits(config).raw_scores:
+                messages.append(
+                    "reward.outcome: its raw model scores are no labels of 0 to 1, from which the implicit PRM learns; "
+                    "rewards.combined.reward.CombinedReward with it as a part and shaping [par] or [min_max] gives such"
+                )
+        return messages
 
     def start(self) -> None:
         """Load both models; equal weights must give log-ratios of zero."""

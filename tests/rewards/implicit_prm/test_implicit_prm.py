@@ -221,6 +221,21 @@ def test_without_an_outcome_it_is_a_scorer_of_its_own(model: Path) -> None:
         ImplicitPRM.Config(outcome=None)
 
 
+@pytest.mark.parametrize(("update", "refused"), [("after", True), ("none", False)])
+def test_raw_scores_are_no_labels(update: str, refused: bool) -> None:
+    polar = {"_target_": "rewards.polar.reward.PolarReward", "backend": "http_vllm", "urls": ["http://127.0.0.1:9"]}
+    config = ImplicitPRM.Config(update=update, outcome=polar)  # type: ignore[arg-type]
+    assert ImplicitPRM.traits(config).raw_scores, "the values are those of the outcome"
+    assert any("raw model scores are no labels" in message for message in ImplicitPRM.check(config)) is refused
+    shaped = {
+        "_target_": "rewards.combined.reward.CombinedReward",
+        "parts": {"polar": polar},
+        "shaping": [{"name": "min_max"}],
+    }
+    messages = ImplicitPRM.check(ImplicitPRM.Config(update=update, outcome=shaped))  # type: ignore[arg-type]
+    assert not any("raw model scores" in message for message in messages)
+
+
 @pytest.mark.parametrize("when", ["after", "before", "none"])
 def test_when_it_learns_is_what_the_pool_asks(when: str) -> None:
     assert ImplicitPRM.traits(ImplicitPRM.Config(update=when)).update_when == when  # type: ignore[arg-type]
