@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlkit.experience import Message
+from rlkit.experience.texts import encodable
 
 Row = Mapping[str, Any]
 Chat = tuple[Message, ...]
@@ -35,7 +36,17 @@ def cell(row: Row, column: str) -> Any:
     value = row[column] if column in row else _inner(row, column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError(f"{column} is null")
+    if _is_torn(value):
+        raise RowError(f"{column} has half of a character (a lone surrogate such as \\ud83d), which no tokenizer takes")
     return value
+
+
+def _is_torn(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and encodable(value) != value
+    if isinstance(value, Mapping):
+        return any(map(_is_torn, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_is_torn, value))
 
 
 def _inner(row: Row, column: str) -> Any:

@@ -264,7 +264,7 @@ class ChatSource(RecordedSource):
             messages = chat(value, name)
             own = [_own_mask(item, f"{name}[{i}]") for i, item in enumerate(value)]
             if messages[0].role != "system" and row.get("system"):
-                return (Message("system", text(row["system"], "system")), *messages), [None, *own]
+                return (Message("system", text(cell(row, "system"), "system")), *messages), [None, *own]
             return messages, own
         response = config.response_column or _first(row, TEXTS)
         if response is None:

@@ -162,7 +162,8 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
             if not candidates:
                 raise RowError(f"no column is an object with {response_name} and {label_name}")
             for name in candidates:
-                yield rollout(row[name][response_name], label_of(row[name][label_name], f"{name}.{label_name}"), name)
+                label = label_of(row[name][label_name], f"{name}.{label_name}")
+                yield rollout(cell(row[name], response_name), label, name)
         case "steps":
             steps, error = cell(row, response_name), cell(row, label_name)
             if not (isinstance(steps, list) and steps and all(isinstance(s, str) and s.strip() for s in steps)):

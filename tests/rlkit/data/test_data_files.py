@@ -127,6 +127,7 @@ def test_own_system_message_wins(tmp_path: Path) -> None:
         ({"question": [{"role": "user"}], "answer": "#### 1"}, "no 'content'"),
         ({"question": [{"role": "assistant", "content": "hi"}], "answer": "#### 1"}, "ends with an assistant message"),
         ({"question": "q", "answer": None}, "answer is null"),
+        ({"question": "q \ud83d", "answer": "#### 1"}, "question has half of a character"),
         ({"question": "q", "answer": ["1"]}, "answer must be a text"),
         ({"question": "q", "answer": True}, "answer must be a text, not bool"),
         ({"question": "q", "answer": "so it is ####  "}, "nothing after ####"),

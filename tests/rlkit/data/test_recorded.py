@@ -98,6 +98,7 @@ def test_a_pairs_numbers_and_other_columns(tmp_path: Path) -> None:
         ({"prompt": "?", "chosen": "2"}, "no column 'rejected' (it has prompt, chosen)"),
         ({"prompt": "?", "chosen": "2", "rejected": " "}, "rejected is empty"),
         ({"prompt": "?", "chosen": "2", "rejected": None}, "rejected is null"),
+        ({"prompt": "?", "chosen": "2", "rejected": "\ud83d 3"}, "rejected has half of a character"),
         ({"prompt": "?", "chosen": "2", "rejected": []}, "rejected is an empty list"),
         ({"prompt": "?", "chosen": "2", "rejected": 3}, "rejected must be a list of chat messages, not int"),
         ({"prompt": [], "chosen": "2", "rejected": "3"}, "prompt is an empty list"),

@@ -107,6 +107,7 @@ def test_real_solutions_of_four_models_need_no_further_key() -> None:
         ({"prompt": "?", "response": "2", "label": "yes"}, "not 'yes'"),
         ({"prompt": "?", "response": "2"}, "no column 'label' (it has prompt, response)"),
         ({"prompt": "?", "response": "2", "label": None}, "label is null"),
+        ({"prompt": "?", "response": "2 \ud83d", "label": 1}, "response has half of a character"),
         ({"prompt": " ", "response": "2", "label": 1}, "prompt is empty"),
         ({"prompt": "?", "response": 2, "label": 1}, "response must be a text or a chat, not int"),
         ({"response": chat("?", "2")[:1], "label": 1}, "must have a prompt and end with the assistant's message"),
