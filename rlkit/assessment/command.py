@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from rlkit.assessment.schema import EvaluateConfig, EvaluatedModel, EvaluateRun
 from rlkit.config.command import asks_for_help, exit_code, print_warnings, split_off_file
 from rlkit.config.help import print_section
 from rlkit.config.messages import all_fields
+from rlkit.config.report import problems_if_few
 from rlkit.config.schema import RolloutConfig
 from rlkit.data.base import DataSource
 
@@ -56,10 +58,15 @@ def _plan(evaluating: Evaluating) -> str:
     lines = [f"answers from {policy.path or 'the data'} (step {policy.step})" for policy in evaluating.policies]
     if evaluating.kind != "recorded":
         ways = [f"{config.evaluate.samples} sampled"] * bool(config.evaluate.samples)
-        most, data = config.evaluate.questions, evaluating.data.cls
+        most, data, source = config.evaluate.questions, evaluating.data.cls, evaluating.source()
         held_out = evaluating.own_questions or data.load_set is DataSource.load_set
+        known = len(problems_if_few(source, partial(source.load, "heldout") if held_out else source.load_set))
+        if not known:
+            count = f"at most {most}" if most else "all"
+        else:
+            count = f"{most} of {known}" if most and most < known else f"all {known}"
         questions = "held-out questions" if held_out else "questions"
-        lines.append(f"asked: {f'at most {most}' if most else 'all'} {questions} of {data.__name__}")
+        lines.append(f"asked: {count} {questions} of {data.__name__}")
         lines.append(f"to each question: {' and '.join([*ways, *(['1 greedy'] * config.evaluate.greedy)])}")
     for name, one in evaluating.sets.items():
         lines.append(f"also asked: evaluation.sets.{name} ({one.prompts or 'all'} questions)")

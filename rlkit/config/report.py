@@ -286,17 +286,17 @@ def _held_out(run: ResolvedRun) -> Iterator[Line]:
     yield Line("batches", "held out", f"{told}{held_out_from(run.data_config)}")
     for name, one in run.sets.items():
         source = run.make_set(name)
-        rows = _few(source, source.load_set)
+        rows = problems_if_few(source, source.load_set)
         where = getattr(one.config, "path", None) or one.source.__name__
         told = f"{_count(len(rows), 'problem')} of " if rows else ""
         yield Line("batches", f"held out, {name}", f"{told}{where} (evaluation.sets.{name})")
 
 
 def _problems(run: ResolvedRun, split: Split) -> Sequence[Problem]:
-    return _few(run.source, lambda: run.source.load(split))
+    return problems_if_few(run.source, lambda: run.source.load(split))
 
 
-def _few(source: DataSource, load: Callable[[], tuple[Sequence[Problem], object]]) -> Sequence[Problem]:
+def problems_if_few(source: DataSource, load: Callable[[], tuple[Sequence[Problem], object]]) -> Sequence[Problem]:
     """What `load` does; nothing if it is too much to read for a plan, or cannot be read."""
     with suppress(DataError):
         if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
