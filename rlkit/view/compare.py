@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from rlkit.experience import UserError
+from rlkit.view.curves import BOUNDS, bound_names
 from rlkit.view.runs import Run
 from rlkit.view.schema import AboutRuns, ComparedMetric, ComparedPrompt, CompareResult, ConfigKey, ConfigResult
 from rlkit.view.trends import Interval, mean_difference
@@ -52,7 +53,8 @@ def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
         raise UserError("runs=A,B: a comparison wants at least two runs")
     points = [run.remembered("points", partial(_points, run)) for run in runs]
     names = dict.fromkeys(name for own in points for name in own)
-    metrics = [_metric(runs, name, points) for name in names]
+    bounds = {written for name in names for bound in BOUNDS for written in bound_names(name, bound)}
+    metrics = [_metric(runs, name, points) for name in names if name not in bounds]
     prompts, following = _prompts(runs, asked.cursor)
     return CompareResult(metrics=metrics, prompts=prompts, next=following)
 
@@ -126,8 +128,9 @@ def _words_without_pairs(
 
 def _ends(points: Points, name: str) -> tuple[float, float] | None:
     """Of the interval that the metric's last value was recorded with."""
-    low, high = (points.get(f"{name}/{end}", {}).get(max(points.get(name, {}), default=0)) for end in ("low", "high"))
-    return None if low is None or high is None else (low, high)
+    last = max(points.get(name, {}), default=0)
+    ends = [points[own][last] for end in BOUNDS for own in bound_names(name, end) if last in points.get(own, {})]
+    return (ends[0], ends[1]) if len(ends) == 2 else None
 
 
 def _above(difference: float, runs: Sequence[Run]) -> str:

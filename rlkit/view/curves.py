@@ -24,6 +24,9 @@ PHASES = ("generate", "score", "advantages", "update", "publish")
 _WARNING = re.compile(r"^(?:\d\d:\d\d:\d\d )?warning: (.*?)(?: \((\d+) times by now\))?$")
 
 
+BOUNDS = ("low", "high")
+
+
 class MetricsAsked(schema.AboutRun):
     names: str = ""
     """Names of metrics, separated by commas; `*`: all; empty: only what there is."""
@@ -44,12 +47,17 @@ def metrics(run: Run, asked: MetricsAsked) -> schema.MetricsResult:
     )
 
 
+def bound_names(name: str, bound: str) -> tuple[str, str]:
+    """Metrics that may hold a bound of the metric's interval: of a mean, or of an environment's metric."""
+    return f"{name}/{bound}", f"{name}_{bound}"
+
+
 def _series(table: Table, names: Sequence[str], first: int, samples: schema.Numbers) -> schema.Series:
     start = bisect_left(table.steps, first)
     values = {name: table.column(name)[start:] for name in names}
     for name in names:
-        for bound in ("low", "high"):
-            for written in (f"{name}/{bound}", f"{name}_{bound}"):  # of means, and of an environment's metrics
+        for bound in BOUNDS:
+            for written in bound_names(name, bound):
                 column = table.column(written)[start:]
                 if any(value is not None for value in column):
                     values[f"{name}/{bound}"] = column
