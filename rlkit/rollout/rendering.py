@@ -271,7 +271,8 @@ class Renderer:
         return (self.tools[0].name, (), _call_id(number)) if role == "tool" and self.tools else ("", (), "")
 
     def _called(self, results: Sequence[Message]) -> Message:
-        calls = (ToolCall(self.template.guarded(m.name), {}, m.call_id) for m in results)  # the policy made up the name
+        guarded = self.template.guarded  # the policy made up the name, an agent's client the id
+        calls = (ToolCall(guarded(message.name), {}, guarded(message.call_id)) for message in results)
         return Message("assistant", "", calls=tuple(calls))
 
     def _ids_after(self, said: _Said) -> tuple[int, ...]:
