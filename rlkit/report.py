@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlkit.config.command import exit_code
 
-MEGABYTES = 20.0
+MEGABYTES = 8.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

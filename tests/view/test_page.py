@@ -422,7 +422,7 @@ def test_components_of_a_single_reward_are_no_bar(browser: Any, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "main.html"
-    write(runs / "main", file, 3.0)
+    write(runs / "main", file, 0.9)
     with reading(browser, file.as_uri()) as reader:
         page = reader.page
         for screen in SCREENS:

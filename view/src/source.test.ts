@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import type { Metrics, Samples, Tokens } from "./api";
-import { address, embedded } from "./source";
+import { address, embedded, unpacked } from "./source";
 
 test("equal questions have one address", () => {
   expect(address("samples", { run: "a b", step: undefined, q: "", filter: "x > 1" })).toBe(
@@ -20,6 +20,13 @@ const report = embedded({
       signals: { entropy: [1, 2, 3, 4], advantage: [0, 0, 1, 1] }, ranges: {},
     },
   },
+});
+
+test("a report is unpacked", async () => {
+  const content = { results: { "/api/runs": "käse <script> 日本" } };
+  const gzip = new Blob([JSON.stringify(content)]).stream().pipeThrough(new CompressionStream("gzip"));
+  const bytes = new Uint8Array(await new Response(gzip).arrayBuffer());
+  expect(await unpacked(btoa(String.fromCharCode(...bytes)))).toEqual(content);
 });
 
 test("a report answers for some metrics out of all", async () => {

@@ -46,7 +46,17 @@ export const http: Source = {
   },
 };
 
-export function embedded(report: { results: Record<string, unknown> }): Source {
+interface Report {
+  results: Record<string, unknown>;
+}
+
+/** A report's JSON, from gzip in base64. */
+export async function unpacked(text: string): Promise<Report> {
+  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+export function embedded(report: Report): Source {
   const results = new Map(
     Object.entries(report.results).map(([key, result]) => {
       const [path, query = ""] = key.split("?");

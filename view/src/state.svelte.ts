@@ -1,10 +1,10 @@
 // What the page shows is in its address: #/samples?run=a&step=12. A link reopens exactly this view.
 import { MediaQuery } from "svelte/reactivity";
 import type { Run, Runs } from "./api";
-import { embedded, http, type Query, type Source } from "./source";
+import { embedded, http, unpacked, type Query, type Source } from "./source";
 
 const report = document.getElementById("report")?.textContent?.trim();
-export const source: Source = report ? embedded(JSON.parse(report)) : http;
+export const source: Source = report ? embedded(await unpacked(report)) : http;
 const dark = new MediaQuery("prefers-color-scheme: dark");
 
 function read(): { screen: string; params: URLSearchParams } {
