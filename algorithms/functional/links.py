@@ -179,7 +179,7 @@ def pacs(scores: Tensor, labels: Tensor, group: Tensor, beta: float, weights: fl
     return weights * cross_entropy(beta * less_others(scores, group), labels)
 
 
-# -- terms beside a link, and weights --------------------------------------------------------------------------
+# -- terms added to a link, and weights ------------------------------------------------------------------------
 
 
 def tgdpo_weights(guide_ratios: Tensor, beta: float, alpha: float) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file or a folder, whoever wrote it."""
+    """Sync a file or a folder, whichever process wrote it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
