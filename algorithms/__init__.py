@@ -1,1 +1,1 @@
-"""Algorithms, one file per paper; `base.py` is the contract, `functional/` the mathematics."""
+"""Algorithms, one file per paper; `base.py` is the contract, `functional/` holds the mathematics."""

@@ -3,13 +3,13 @@
     L = (1 - mu) L_RL + mu L_SFT,    mu <- clip(mu + eta_m dU/dmu + eta_H (H* - H), mu_min, mu_max)
 
 L_RL: GRPO's surrogate on the policy's samples; L_SFT: the likelihood of the data's responses to the same prompts; each
-a mean over its own tokens of the step. H: the policy's entropy per token of both, H* its mean over the first
-`warmup_steps`. As the formula is written mu rises when entropy is below its target; the paper's prose says the
-opposite, which is `entropy_sign=-1`.
+is a mean over its own tokens of the step. H: the policy's entropy per token of both, H* its mean over the first
+`warmup_steps`. In the formula, mu rises when entropy is below its target; the paper's prose says the opposite: use
+`entropy_sign=-1`.
 
 dU/dmu is the paper's meta-gradient of the validation reward U. Here U is the mean reward of each step's fresh samples,
-which nothing was trained on yet, and the derivative is the secant between two windows of steps: no second backward pass
-and no further samples, but an estimate that says nothing while mu stands still.
+which have not been trained on yet, and the derivative is the secant between two windows of steps. That needs no second
+backward pass and no extra samples, but gives no information while mu does not change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_CHANGE = 1e-3
-"""Of mu, between two windows, for a secant."""
+"""Smallest change of mu between two windows for which a secant is computed."""
 DEMONSTRATION = "demonstration"
 
 
@@ -45,7 +45,7 @@ def controlled(
     entropy_rate: float,
     bounds: tuple[float, float],
 ) -> float:
-    """The next mu; `slope`: dU/dmu; `bounds`: its least and its most."""
+    """Return the next mu; `slope`: dU/dmu; `bounds`: smallest and largest mu."""
     low, high = bounds
     return min(high, max(low, mu + meta_rate * slope + entropy_rate * (target - entropy)))
 
@@ -57,19 +57,19 @@ class AMFT(GRPO):
         aggregation: Aggregation = "token_mean"
         """Only token_mean: both losses are means over their own tokens."""
         mu: float = Field(default=0.5, ge=0, le=1)
-        """Weight of the demonstrations at the start."""
+        """Initial weight of the demonstrations."""
         mu_bounds: tuple[float, float] = (0.05, 0.95)
-        """Least and most weight of the demonstrations."""
+        """Smallest and largest weight of the demonstrations."""
         meta_rate: float = Field(default=0.1, ge=0)
-        """eta_m: how far mu follows the slope of the reward."""
+        """eta_m: how strongly mu follows the slope of the reward."""
         meta_window: int = Field(default=5, ge=1)
-        """Steps whose means make an end of the secant."""
+        """Steps in each of the two windows whose means give the secant."""
         entropy_rate: float = Field(default=0.05, ge=0)
-        """eta_H: how far mu follows the entropy, in nats per token."""
+        """eta_H: how strongly mu follows the entropy, in nats per token."""
         entropy_sign: Literal[1, -1] = 1
         """1: the formula, more demonstrations when entropy is too low; -1: the prose, more when it is too high."""
         warmup_steps: int = Field(default=10, ge=1)
-        """Steps in which mu stays and the entropy's target is measured."""
+        """Steps during which mu is constant and the target entropy is measured."""
 
         @model_validator(mode="after")
         def _mixes(self) -> Self:
@@ -88,10 +88,10 @@ class AMFT(GRPO):
         super().__init__(config)
         self.mu: float = config.mu
         self.target: float | None = None
-        """H*; None while it is measured."""
+        """H*; None while it is being measured."""
         self._entropies: list[float] = []
         self._seen: list[tuple[float, float]] = []
-        """(mu, U) of the last two windows' steps."""
+        """(mu, U) of each step in the last two windows."""
 
     def needs(self) -> AlgorithmNeeds:
         return replace(super().needs(), demonstrations=True)
@@ -110,11 +110,11 @@ class AMFT(GRPO):
         keep[~demonstrated] = credit.keep
         trained = np.array([int(sample.trained.sum()) for sample in samples], dtype=np.int64)
         sampled, given = int(trained[keep & ~demonstrated].sum()), int(trained[demonstrated].sum())
-        # The loss divides by all tokens; each half is to be a mean over its own.
+        # The loss divides by all tokens; each half must be a mean over its own.
         ours, theirs = (mu * (sampled + given) / max(1, own) for mu, own in ((1 - self.mu, sampled), (self.mu, given)))
 
         def with_demonstrations(own: Sequence[FloatArray], value: float) -> list[FloatArray]:
-            """Rows of the fresh samples, and value x weight on the data's."""
+            """Rows of the fresh samples, and value x weight on the demonstrations."""
             rows = iter(own)
             return [
                 np.full(len(sample), value * sample.weight, np.float32) if recorded else next(rows)

@@ -14,35 +14,36 @@ from pydantic import Field
 from rlkit.experience import Group, Message, UserError
 from rlkit.experience.section import Section
 
-if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must stay cheap
+if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must be cheap
     from torch import Tensor
 
 FloatArray = NDArray[np.float32]
 Layout = Literal["any", "pairs", "full_group"]
 POLICY, REFERENCE = "policy", "reference"
-"""Models of a Pass."""
+"""Models that a Pass can run."""
 Source = Literal["policy", "data", "model"]
-"""Of the responses (`rollout.source`)."""
+"""Where responses come from (`rollout.source`)."""
 Render = Callable[[Sequence[Message] | str], tuple[int, ...]]
-"""The token ids of a prompt, by the policy's chat template, or of a plain text."""
+"""Returns the token ids of a prompt, formatted with the policy's chat template, or of a plain text."""
 
 
 class AlgorithmConfig(Section):
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
     reference_every_steps: int = Field(default=0, ge=0)
-    """Steps after which the reference policy moves towards the policy; 0: it stays the model at the start."""
+    """Steps after which the reference policy moves towards the policy; 0: it remains the initial model."""
     reference_mix: float = Field(default=1.0, gt=0, le=1)
-    """Share of the policy in the moved reference: 1 copies it (iterative DPO); small ones with every step make a moving
+    """Share of the policy in the moved reference: 1 copies it (iterative DPO); small values at every step give a moving
     average."""
 
     def for_staleness(self, max_staleness: int) -> Self:
-        """The configuration with what follows from `trainer.max_staleness` filled in; 1 also stands for a sampler whose
-        precision is not the learner's."""
+        """Return the configuration with the defaults implied by `trainer.max_staleness` filled in; 1 also stands for a
+        sampler whose precision differs from the learner's."""
         return self
 
     def idle(self) -> frozenset[str]:
-        """Options that no value of others but the recipe's own would make act: `--help` leaves them out."""
+        """Options that have no effect whatever the others are set to, given the recipe's own values: `--help` leaves
+        them out."""
         return frozenset()
 
     @classmethod
@@ -57,9 +58,9 @@ class Pass:
     """A forward pass over a step's samples, before the update."""
 
     model: str = POLICY
-    """policy, reference, or the folder of a model that stays as it is."""
+    """policy, reference, or the folder of a frozen model."""
     other_prompts: bool = False
-    """Over responses behind other prompts than their own (`Algorithm.groups_for`)."""
+    """Over responses to prompts other than their own (`Algorithm.groups_for`)."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ class AlgorithmNeeds:
     """Requirements on the runtime, checked before a run starts."""
 
     sources: tuple[Source, ...] = ("policy",)
-    """Whose responses it can learn from."""
+    """Where the responses that it can learn from may come from."""
     rewards: bool = True
-    """Scores; without, no reward is asked."""
+    """Scores; if False, no reward is called."""
     demonstrations: bool = False
-    """The data's own responses to a step's prompts, as further groups of the Experience, each behind the sampled one:
-    every mini-batch has both."""
+    """The data's own responses to a step's prompts, as further groups of the Experience, each directly after the
+    sampled one: every mini-batch has both."""
     answer: bool = False
-    """Every prompt with a gold answer."""
+    """A gold answer for every prompt."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
     labels: bool = False
@@ -83,7 +84,7 @@ class AlgorithmNeeds:
     critic: bool = False
     """`Experience.values`, and a model that `value_loss` trains."""
     reference_policy: bool = False
-    """`LossInputs.reference_logprobs`: the policy at the start, or what `reference_every_steps` makes of it."""
+    """`LossInputs.reference_logprobs`: the initial policy, or what `reference_every_steps` has made of it."""
     min_samples_per_prompt: int = 1
     min_prompts_per_step: int = 1
     layout: Layout = "any"
@@ -91,27 +92,28 @@ class AlgorithmNeeds:
     process_rewards: bool = False
     """Scores with token or span rewards."""
     turns: bool = False
-    """Samples that an environment played, turn by turn."""
+    """Samples played turn by turn in an environment."""
     reads_process_rewards: bool = False
-    """Uses them where there are any; a reward that gives them is refused with an algorithm that does neither."""
+    """Uses token or span rewards where there are any; if this and `process_rewards` are False, a reward that gives them
+    is refused."""
     outcome_rewards: bool = True
-    """Scores with a value; False: process rewards alone will do."""
+    """Scores with a value; False: process rewards alone are enough."""
     token_kl: bool = False
     """Advantages use log-probs of policy and reference."""
     passes: Mapping[str, Pass] = field(default_factory=dict)
-    """`Experience.logprobs` by name: of the step's samples, or of what `groups_for` makes of them."""
+    """`Experience.logprobs` by name: of the step's samples, or of the groups that `groups_for` returns."""
     greedy_response: bool = False
-    """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
+    """Every prompt also gets a scored greedy response (`Group.greedy`), which is not trained on."""
     corrects_staleness: bool = False
-    """The loss can weight samples of older policies (`LossInputs.rollout_logprobs`); else `trainer.max_staleness` must
-    be 0."""
+    """The loss can weight samples from older policies (`LossInputs.rollout_logprobs`); else `trainer.max_staleness`
+    must be 0."""
     skips_zero_advantages: bool = False
-    """A sample whose trained tokens all have advantage 0 adds exactly 0 to loss and gradient (layout any): it is not
-    computed, but counted in the denominators."""
+    """A sample whose trained tokens all have advantage 0 adds exactly 0 to loss and gradient (layout any): it is
+    skipped, but counted in the denominators."""
 
     def frozen_models(self, references_cached: bool) -> set[str]:
-        """Models that only run forward, beside the policy: `reference` and folders. Of a cached reference, the model is
-        held for other prompts alone."""
+        """Models that only run forward, besides the policy: `reference` and folders. If the reference is cached, its
+        model is only kept for passes over other prompts."""
         wanted = {one.model for one in self.passes.values() if one.other_prompts or one.model != REFERENCE}
         if not references_cached and (self.reference_policy or REFERENCE in {p.model for p in self.passes.values()}):
             wanted.add(REFERENCE)
@@ -125,13 +127,13 @@ class Experience:
     groups: Sequence[Group]
     step: int
     values: Sequence[FloatArray] | None = None
-    """Per sample, [T]: the critic's values."""
+    """Per sample, [T]: the critic's value estimates."""
     policy_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: under the policy before the update."""
+    """Per sample, [T]: log-probs under the policy before the update."""
     reference_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: under the reference policy."""
+    """Per sample, [T]: log-probs under the reference policy."""
     logprobs: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
-    """By name (`AlgorithmNeeds.passes`): per sample of that pass, [T]."""
+    """By name (`AlgorithmNeeds.passes`): log-probs per sample of that pass, [T]."""
 
 
 @dataclass(frozen=True)
@@ -139,25 +141,24 @@ class Advantages:
     """Sequences are per sample."""
 
     tokens: Sequence[FloatArray]
-    """Per sample, [T]."""
+    """Per sample, [T]: the advantage of each token."""
     keep: NDArray[np.bool_]
-    """[B] samples in the loss and its denominators."""
+    """[B] which samples are in the loss and its denominators."""
     returns: Sequence[FloatArray] | None = None
     """Per sample, [T]: the critic's targets."""
     extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
-    """Further inputs of the loss per token (per sample, [T])."""
+    """Further per-token inputs of the loss (per sample, [T])."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: Mapping[str, FloatArray] = field(default_factory=dict)
-    """Further inputs of the loss per sample, [B]."""
+    """Further per-sample inputs of the loss, [B]."""
     pairs: NDArray[np.int64] | None = None
-    """[P, 2] samples (better, worse) of one group; for layouts that keep them together."""
+    """[P, 2] samples (better, worse) of one group; for layouts that keep pairs together."""
     pair_values: Mapping[str, FloatArray] = field(default_factory=dict)
-    """Further inputs of the loss per pair, [P]: probability, margin, weight, ..."""
+    """Further per-pair inputs of the loss, [P]: probability, margin, weight, ..."""
 
     def check(self, experience: Experience, algorithm: object) -> None:
-        """Raise UserError unless there is one number per response token, a `keep` per sample, and pairs are in
-        order."""
+        """Raise UserError unless there is one number per response token, one `keep` per sample, and valid pairs."""
         samples = [sample for group in experience.groups for sample in group.samples]
         who = f"{type(algorithm).__module__}.{type(algorithm).__name__}.advantages"
         if not len(samples) == len(self.tokens) == len(self.keep):
@@ -192,11 +193,11 @@ class Denominators:
     pairs: float = 0.0
     """Pairs of such samples."""
     computed_tokens: float | None = None
-    """Those of samples that are computed (`AlgorithmNeeds.skips_zero_advantages`); None: all."""
+    """Tokens of the samples that are computed (`AlgorithmNeeds.skips_zero_advantages`); None: all."""
 
     @property
     def measured(self) -> float:
-        """Trained tokens that metrics can be means over: those that are in micro-batches."""
+        """Trained tokens over which metrics are averaged: those in micro-batches."""
         return self.tokens if self.computed_tokens is None else self.computed_tokens
 
 
@@ -214,7 +215,7 @@ class LossInputs:
     old_logprobs: Tensor
     """[R] before this step's first update (proximal policy)."""
     rollout_logprobs: Tensor
-    """[R] from the sampler (behaviour policy); `old_logprobs` where none sampled them."""
+    """[R] from the sampler (behaviour policy); `old_logprobs` where no sampler gave any."""
     advantages: Tensor
     """[R] from `Advantages.tokens`."""
     mask: Tensor
@@ -248,7 +249,7 @@ class ValueLossInputs:
     values: Tensor
     """[R]"""
     old_values: Tensor
-    """[R] behind the advantages."""
+    """[R] from which the advantages were computed."""
     returns: Tensor
     """[R] targets."""
     mask: Tensor
@@ -270,11 +271,11 @@ class LossOutput:
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalar metrics reported as the maximum over micro-batches and ranks."""
     rows: Mapping[str, Tensor] = field(default_factory=dict)
-    """[R] what was decided for each token, to be recorded: ratio, weight, clipped."""
+    """[R] per-token values to be recorded: ratio, weight, clipped."""
 
 
 class Algorithm(ABC):
-    """Subclass it, nest a `Config`, and set `algorithm._target_` to it."""
+    """Base class: subclass it, nest a `Config`, and point `algorithm._target_` to the subclass."""
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
 
@@ -282,7 +283,8 @@ class Algorithm(ABC):
         self.config = config
 
     def needs(self) -> AlgorithmNeeds:
-        """Subclasses of SurrogateAlgorithm extend `super().needs()`, which asks for what a KL penalty takes."""
+        """Return the requirements. Subclasses of SurrogateAlgorithm extend `super().needs()`, which covers the KL
+        penalty."""
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:
@@ -290,20 +292,20 @@ class Algorithm(ABC):
         return False
 
     def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> Sequence[Group]:
-        """The groups whose samples the pass `name` (`AlgorithmNeeds.passes`) computes: these, or ones with other
+        """The groups whose samples the pass `name` (`AlgorithmNeeds.passes`) runs over: these, or ones with other
         prompts or responses. Pure."""
         return groups
 
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
-        """Pure."""
+        """Compute the advantages. Pure."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+        """Compute the loss. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
 
     def heldout(self, experience: Experience) -> Mapping[str, float]:
-        """Metrics of held-out recorded responses; the first is the headline, the larger the better. Pure.
+        """Metrics of held-out recorded responses; the first is the headline metric, larger is better. Pure.
 
         The experience has the log-probs of the policy and, if the algorithm needs one, of the reference.
         """
@@ -313,8 +315,8 @@ class Algorithm(ABC):
         return {"logprob/heldout": float(np.mean(np.concatenate([row[sample.trained] for sample, row in rows])))}
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
-        """Called in the driver after each update; only here may state change. It reaches the loss in
-        `Advantages.scalars`."""
+        """Update the algorithm's state, which may change only here; called in the driver after each update. The state
+        reaches the loss in `Advantages.scalars`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -1,6 +1,6 @@
 """BRPO: bootstrapped relative policy optimisation, for judges that compare (Writing-Zero, arXiv 2506.00103).
 
-A random sample of each group is the reference: A_i = +1 if sample i beats it under all voting conditions, else -1;
+One random sample of each group is the reference: A_i = +1 if sample i beats it under all voting conditions, else -1;
 A_ref = 0. A group with |sum_i A_i| / G > 0.6 is dropped. Loss: PPO's clipped surrogate. Wins come from preferences
 (`reward=judge reward.mode=pairwise`), or from higher rewards in groups without any.
 """
@@ -24,9 +24,9 @@ class BRPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         samples_per_prompt: int = Field(default=16, ge=1)
         max_skew: float = Field(default=0.6, gt=0, le=1)
-        """Drop groups whose advantages sum to more than this share of their samples."""
+        """Drop groups in which |sum of advantages| exceeds this share of their samples."""
         win_probability: float = Field(default=1.0, gt=0.5, le=1)
-        """Probability from which a preference is a win; 1: a judge asked in both orders agrees twice."""
+        """Preferences with at least this probability are wins; 1: a judge asked in both orders agrees both times."""
         aggregation: Aggregation = "sequence_mean_token_mean"
 
         @model_validator(mode="after")
@@ -57,7 +57,7 @@ class BRPO(SurrogateAlgorithm):
 
 
 def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
-    """[B] marks each group's valid sample with the smallest seed; seeds are hashes, so the draw is uniform and
+    """[B] True for each group's valid sample with the smallest seed; seeds are hashes, so the draw is uniform and
     repeatable."""
     seeds = [sample.seed for group in experience.groups for sample in group.samples]
     reference = np.zeros(len(seeds), dtype=np.bool_)

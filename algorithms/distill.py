@@ -5,8 +5,8 @@ The reverse KL's gradient is that of a policy whose token rewards are the teache
 
     r_t = log pi_T(y_t | y_<t) - log pi(y_t | y_<t),    A_t = sum over s >= t of gamma^(s - t) r_s,
 
-exact with gamma = 1; gamma = 0 counts each token alone, with far less noise. Loss: the surrogate of `loss`. From a file
-of the teacher's responses, or on samples of the teacher, distillation is `algorithm=sft`.
+exact with gamma = 1; gamma = 0 counts each token on its own, with far less noise. Loss: the surrogate of `loss`. To
+distil from a file of the teacher's responses, or on the teacher's samples, use `algorithm=sft`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Distill(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         samples_per_prompt: int = Field(default=4, ge=1)
         teacher: str
-        """Folder of the teacher, with the policy's tokenizer. Every rank holds it."""
+        """Folder of the teacher, which must have the policy's tokenizer. Every rank holds the model."""
         gamma: float = Field(default=0.0, ge=0, le=1)
         """Discount of the log-ratios of later tokens; 1: the exact gradient of the reverse KL."""
 

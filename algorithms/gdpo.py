@@ -1,8 +1,8 @@
 """GDPO: group reward-decoupled normalisation (arXiv 2601.05242), for rewards with several components.
 
-Each component is made relative to its group, divided by its own std there, before they are summed: a rare one counts as
-much as a frequent one, and different combinations with the same sum stay apart. The sum is divided by its std over the
-step. Loss: GRPO's.
+Each component is made relative to its group and divided by its std in the group before the components are summed: a
+rare one counts as much as a frequent one, and different combinations with the same sum are distinguished. The sum is
+divided by its std over the step. Loss: GRPO's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rlkit.experience import UserError
 class GDPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         components: dict[str, float] = Field(min_length=1)
-        """Weights of the reward's components by name (`reward/component/NAME` among the metrics; a combined reward's
-        parts have their own names). Its value is not used."""
+        """Weights of the reward's components by name (`reward/component/NAME` among the metrics; the parts of a
+        combined reward have their own names). The reward's value is not used."""
         aggregation: Aggregation = "sequence_mean_token_mean"
 
         @model_validator(mode="after")
@@ -51,7 +51,7 @@ class GDPO(SurrogateAlgorithm):
 
 
 def _components(experience: Experience, outcomes: Outcomes, names: Sequence[str]) -> Float64:
-    """[B, K], 0 where invalid. Raise UserError if a valid sample lacks one."""
+    """[B, K], 0 where invalid. Raise UserError if a valid sample lacks a component."""
     rows = []
     scores = [(group, score) for group in experience.groups for _, score in group.scored()]
     for (group, score), valid in zip(scores, outcomes.valid, strict=True):

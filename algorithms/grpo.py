@@ -1,7 +1,7 @@
 """GRPO: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300).
 
 Advantage: the reward relative to the group. Loss: PPO's clipped surrogate plus a KL penalty (k3; eq. 3 and 4). Dr.
-GRPO, DAPO, OPO, GPG, MaxRL, Pass@k training, GSPO, CISPO, GMPO, SAPO, DPPO, Clip-Cov and KL-Cov are settings of this.
+GRPO, DAPO, OPO, GPG, MaxRL, Pass@k training, GSPO, CISPO, GMPO, SAPO, DPPO, Clip-Cov and KL-Cov are settings of it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class GRPO(SurrogateAlgorithm):
         kl_coefficient: Coefficient = 0.04
         """Weight of the KL penalty to the reference policy; 0 loads none."""
         estimator: Estimator = "grpo"
-        """How a group's rewards become advantages: less their mean (grpo), less their mean weighted by length (opo),
-        scaled up for groups with equal rewards (gpg), over the mean (maxrl), for the best of k samples (passk)."""
+        """How a group's rewards become advantages: minus their mean (grpo), minus their length-weighted mean (opo),
+        scaled up to make up for groups with equal rewards (gpg), divided by the mean (maxrl), for the best of k samples
+        (passk)."""
         k: int | None = Field(default=None, ge=1)
-        """Samples of which one must be good; for estimator=passk."""
+        """Number of samples of which one must be good; for estimator=passk."""
         normalize_by_std: bool = True
         """Divide advantages by the group's standard deviation (False: Dr. GRPO); not with estimator=opo or maxrl."""
         aggregation: Aggregation = "sequence_mean_token_mean"

@@ -1,12 +1,12 @@
-"""IGPO: what a turn adds to the policy's belief in the right answer is its reward (arXiv 2510.14967).
+"""IGPO: a turn's reward is what it adds to the policy's belief in the right answer (arXiv 2510.14967).
 
-With p_k the policy's geometric mean probability of the gold answer's tokens, asked before turn k (so behind everything
-that earlier turns and the environment said),
+Let p_k be the policy's geometric mean probability of the gold answer's tokens, measured before turn k (that is, after
+everything that earlier turns and the environment said). Then
 
-    r_k = p_(k+1) - p_k,    and the outcome on the last turn, where nothing is asked any more.
+    r_k = p_(k+1) - p_k,    and the outcome on the last turn, after which nothing is measured.
 
-The policy before the update is asked, in a pass of its own; no gradient flows through r. How turns are then compared
-is `credit`: turn_discounted, as published, or loo or episode_plus_step.
+The probabilities are those of the policy before the update, from a separate pass; no gradient flows through r. `credit`
+sets how turns are then compared: turn_discounted, as published, loo or episode_plus_step.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ class IGPO(StepCredit):
         credit: Literal["turn_discounted", "loo", "episode_plus_step"] = "turn_discounted"
         samples_per_prompt: int = Field(default=16, ge=1)
         gain: Literal["probability", "log_probability"] = "probability"
-        """Whose increase is a turn's reward; log_probability goes with a process_coefficient of 0.05 to 0.2."""
+        """The quantity whose increase is a turn's reward; log_probability goes with a process_coefficient of 0.05 to
+        0.2."""
         lead_in: str = ""
-        """Text before the answer where its likelihood is asked, as the policy writes answers: `<answer>`, `\\boxed{`.
-        Special tokens in it are special."""
+        """Text put before the answer when its likelihood is measured, as the policy writes answers: `<answer>`,
+        `\\boxed{`. Special tokens in it are encoded as such."""
 
     def needs(self) -> AlgorithmNeeds:
         passes = {ANSWER: Pass(other_prompts=True)}
         return replace(super().needs(), process_rewards=False, answer=True, turns=True, passes=passes)
 
     def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> list[Group]:
-        """A group of one answer for each question of `_asked`."""
+        """Return a group with one answer for each point of `_asked`."""
         return [question for group in groups for question in self._questions(group, render)]
 
     def _questions(self, group: Group, render: Render) -> Iterator[Group]:
         assert group.prompt.answer
         before, whole = render(self.config.lead_in), render(self.config.lead_in + group.prompt.answer)
-        # A token that is of both is the answer's.
+        # A token that spans both belongs to the answer.
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
         ids = np.array(whole[shared:], dtype=np.int32)
         answer = Sample(0, ids, None, group.prompt.answer, "stop", (0, 0), seed=0)
@@ -79,8 +80,8 @@ class IGPO(StepCredit):
 
 
 def _asked(group: Group) -> Iterator[Sequence[int]]:
-    """What was said after the prompt when the answer is asked for: once at the beginning, which is the same for all
-    samples, and then before every further turn of each."""
+    """Yield the response tokens before each point where the answer's likelihood is measured: once at the beginning,
+    which is the same for all samples, and then before every further turn of each sample."""
     yield ()
     for sample in group.samples:
         for turn in sample.turns[1:]:

@@ -1,7 +1,7 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
 Token rewards: the outcome on the last trained token, process rewards, and with `kl_in=reward` minus each token's KL.
-Advantages: GAE over tokens, or over turns and then over the tokens of each (`credit=turns`), whitened over the batch.
+Advantages: GAE over tokens, or over turns and then over each turn's tokens (`credit=turns`), whitened over the batch.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class PPO(SurrogateAlgorithm):
         samples_per_prompt: int = Field(default=1, ge=1)
         """Responses sampled for each prompt; one is enough with a critic."""
         gamma: float = Field(default=1.0, gt=0, le=1)
-        """Discount per token; with credit=turns within a turn."""
+        """Discount per token; with credit=turns, within a turn."""
         credit: Literal["token", "turns"] = "token"
-        """token: GAE over all tokens; turns: over the turns of an episode, then over the tokens of each."""
+        """token: GAE over all tokens; turns: over the turns of an episode, then over the tokens of each turn."""
         turn_gamma: float = Field(default=0.95, gt=0, le=1)
         """credit=turns: discount per turn."""
         gae_lambda: float = Field(default=1.0, ge=0, le=1)
-        """Of generalised advantage estimation: 1 uses whole returns, 0 one step."""
+        """Lambda of generalised advantage estimation: 1 uses whole returns, 0 a single step."""
         whiten_advantages: bool = True
-        """Mean 0 and variance 1 over the batch's trained tokens."""
+        """Give advantages mean 0 and variance 1 over the batch's trained tokens."""
         value_clip: float | None = Field(default=0.2, gt=0)
-        """A value that moved further in this update gets no gradient; null: no clipping."""
+        """Largest change of a value in an update before its loss is clipped; null: no clipping."""
         process_coefficient: Coefficient = 1.0
-        """Weight of process rewards; a step's is on its last trained token."""
+        """Weight of process rewards; a step's reward is on its last trained token."""
         kl_in: KLPlace = "reward"
-        """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
+        """Where the penalty is applied; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
         kl_estimator: Estimator = "k1"
 
         @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Learning from preferences, labels or scores of whole responses, through one link (DPO and its kin).
 
 A score s is the sum or mean over a response's trained tokens of log pi - log pi_ref. The link (`functional/links.py`)
-makes a loss of the scores of a better and a worse response, of one response with a label, or of a whole group. The
+turns the scores of a better and a worse response, of one response with a label, or of a whole group into a loss. The
 recipes of conf/algorithm are settings of this.
 """
 
@@ -45,7 +45,8 @@ MISMATCHED_POLICY, MISMATCHED_REFERENCE = "mismatched_policy", "mismatched_refer
 OTHER_PROMPTS = (MISMATCHED_POLICY, MISMATCHED_REFERENCE, BETTER, WORSE)
 """Names of passes."""
 FIRST_LOSS_TOLERANCE = 0.01
-"""Of the loss that theory gives for a policy that is its reference, or absolute below 1: rounding stays far below."""
+"""Relative to the theoretical loss of a policy that equals its reference, absolute if that is below 1; rounding errors
+are far smaller."""
 
 
 class Preference(Algorithm):
@@ -77,7 +78,7 @@ class Preference(Algorithm):
             min_prompts_per_step=2 if "baseline" in takes else 1,
             layout="pairs" if config.of_pairs else "full_group" if compares else "any",
             passes={name: Pass(model, other_prompts=name in OTHER_PROMPTS) for name, model in models.items()},
-            corrects_staleness=True,  # pairs need not be the policy's own
+            corrects_staleness=True,  # pairs need not come from the policy
         )
 
     def normalises(self) -> bool:
@@ -125,7 +126,8 @@ class Preference(Algorithm):
         )
 
     def _pairs(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
-        """Raise UserError where the scores have no preferences to read, or margins that nobody reads."""
+        """Pair the samples. Raise UserError if the scores have no preferences to read, or have margins that the link
+        ignores."""
         config, groups = self.config, experience.groups
         if config.labels == "agreement":
             return self._self_ranked(experience)
@@ -144,14 +146,15 @@ class Preference(Algorithm):
 
     def _by_scores(self, groups: Sequence[Group], outcomes: Outcomes) -> Compared:
         by_gain = self.config.labels == "gain"
-        ties = by_gain or "gain" in self._takes  # they say something, too
+        ties = by_gain or "gain" in self._takes  # ties carry information, too
         compared = Compared.of(groups, outcomes.rewards, outcomes.valid, self.config.pairs, ties)
         if by_gain:
             return replace(compared, probability=sigmoid(compared.gain))
         return compared if "probability" in self._takes else compared.where(compared.probability > 0.5)
 
     def _self_ranked(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
-        """CREAM: best and worst by the policy's mean log-probs; probability: how alike the reference ranks."""
+        """CREAM: best and worst by the policy's mean log-probs; probability: how closely the reference's ranking
+        agrees."""
         groups = experience.groups
         masks = [sample.trained for group in groups for sample in group.samples]
         judged = [np.ones(len(g.samples), dtype=np.bool_) if g.scores is None else g.valid for g in groups]
@@ -203,7 +206,7 @@ class Preference(Algorithm):
         )
 
     def _baselines(self, experience: Experience, labels: Float64, keep: Bool) -> dict[str, float]:
-        """KTO's z or BCO's shift of the whole step, in nats, so that no micro-batch decides it."""
+        """KTO's z or BCO's shift over the whole step, in nats, so that it does not depend on the micro-batch."""
         logprobs = experience.logprobs
         if MISMATCHED_POLICY in logprobs:
             masks = [sample.trained for group in mismatched(experience.groups) for sample in group.samples]
@@ -217,21 +220,21 @@ class Preference(Algorithm):
         return {"shift": float(np.mean(halves)) if len(halves) == 2 else 0.0}
 
     def _log_ratios(self, policy: Sequence[FloatArray], reference: Sequence[FloatArray], masks: Masks) -> Float64:
-        """[B], as the loss takes them."""
+        """[B] log-ratios, summed or averaged as in the loss."""
         normalised = self.config.length_normalised
         return summed(policy, masks, normalised) - summed(reference, masks, normalised)
 
     # -- the loss --------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Mean over pairs of weight x (link + terms), or mean over samples of weight x link."""
+        """Return the mean over pairs of weight x (link + terms), or the mean over samples of weight x link."""
         scores = Scores(inputs, self.config)
         output = self._pair_loss(inputs, scores) if self.config.of_pairs else self._sample_loss(inputs, scores)
         sums = dict(output.sums)
         share = inputs.mask / inputs.denominators.measured
         sums["policy/entropy"] = (inputs.entropy.detach() * share).sum()
         if inputs.reference_logprobs is not None:
-            # k3 explodes on recorded responses, which the policy may have stopped to sample.
+            # k3 explodes on recorded responses that the policy may no longer sample.
             divergence = losses.kl_divergence(inputs.logprobs.detach(), inputs.reference_logprobs, "k2")
             sums["kl/reference"] = (divergence * share).sum()
         return replace(output, sums=sums)
@@ -321,8 +324,8 @@ class Preference(Algorithm):
             )
 
     def heldout(self, experience: Experience) -> Mapping[str, float]:
-        """Accuracy and margin of pairs, and the loss of a link of pairs without further terms; where no prompt has a
-        better and a worse response, how often the sign of a score is its label's. Ties count half."""
+        """Accuracy and margin of pairs and, for a link of pairs, its loss without further terms. Where no prompt has a
+        better and a worse response: how often the sign of a score matches its label. Ties count half."""
         assert experience.policy_logprobs is not None
         outcomes, normalised, beta = Outcomes.of(experience), self.config.length_normalised, self.config.beta
         scores = summed(experience.policy_logprobs, outcomes.masks, normalised)

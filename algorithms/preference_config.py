@@ -15,7 +15,7 @@ from rlkit.experience.names import find_object, nearest
 from rlkit.experience.section import Coefficient
 
 Link = Callable[..., Any]
-"""Scores, what it names of them, and options -> losses; tensors."""
+"""Maps scores, other tensors that it names and options to losses."""
 LINKS: Mapping[str, Link] = {
     link.__name__: link
     for link in (
@@ -39,21 +39,23 @@ LINKS: Mapping[str, Link] = {
 OF_PAIRS = frozenset({"chosen", "rejected", "probability", "margin", "gain", "old_chosen", "old_rejected"})
 OF_SAMPLES = frozenset({"scores", "labels", "baseline", "shift", "group", "weights"})
 OPTIONS = frozenset({"label_smoothing", "clip", "desirable_weight", "undesirable_weight"})
-"""Of the configuration that a link may take, beside beta."""
+"""Options of the configuration that a link may take, besides beta."""
 
 
 class PreferenceConfig(AlgorithmConfig):
     link: str = "sigmoid"
-    """From scores to a loss. Of pairs: sigmoid, robust, ipo, hinge, exo, nca, apo_zero, apo_down, sppo, orpo; rdp and
-    copg, which look at rewards. Of labels from 0 to 1: kto, bco; pacs, by groups. Or the dotted path of a function."""
+    """Turns scores into a loss. Of pairs: sigmoid, robust, ipo, hinge, exo, nca, apo_zero, apo_down, sppo, orpo; rdp
+    and copg, which read rewards. Of labels from 0 to 1: kto, bco; pacs, by groups. Or the dotted path of a function."""
     beta: float = Field(default=0.1, gt=0)
-    """How fast losses change with scores: large values stay close to the reference."""
+    """How steeply losses change with scores: large values stay close to the reference."""
     pairs: Pairing = "auto"
-    """Which responses are compared. judge: what the data or a judge prefer; best_worst, all (that differ; for rdp, copg
-    and labels=gain equal ones, too), adjacent: by scores; auto: judge where a group has preferences, or best_worst."""
+    """Which responses are compared. judge: those that the data or a judge compared. By scores: best_worst, adjacent or
+    all (that differ; for rdp, copg and labels=gain equal ones, too). auto: judge where a group has preferences, else
+    best_worst."""
     labels: Literal["order", "gain", "agreement"] = "order"
-    """Probability that the better response of a pair is. order: as recorded or judged, else 1; gain: by the rewards'
-    difference (DNO); agreement: best and worst by the policy itself, as far as the reference ranks alike (CREAM)."""
+    """Probability that the better response of a pair is better. order: as recorded or judged, else 1; gain: by the
+    difference of rewards (DNO); agreement: the policy ranks best and worst, and the reference's agreement is the
+    probability (CREAM)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Probability that a label is wrong."""
     reference: Literal["frozen", "none", "old"] = "frozen"
@@ -61,35 +63,35 @@ class PreferenceConfig(AlgorithmConfig):
     length_normalised: bool = False
     """Scores are means over tokens, not sums."""
     target_margin: float = Field(default=0.0, ge=0)
-    """By how much scores times beta should differ, without a reference (SimPO's gamma)."""
+    """Target difference of scores times beta, without a reference (SimPO's gamma)."""
     nll_coefficient: Coefficient = 0.0
     """Weight of -log pi of the better response, per token (RPO, CPO; ORPO: 1)."""
     on_policy_weights: bool = False
-    """Weigh pairs by how likely the policy would sample them (WPO)."""
+    """Weight pairs by how likely the policy is to sample them (WPO)."""
     ld_alpha: float = Field(default=1.0, ge=0, le=1)
-    """Weight of tokens beyond the length of the pair's shorter response (LD-DPO); 1: all count alike."""
+    """Weight of tokens beyond the length of the pair's shorter response (LD-DPO); 1: all count equally."""
     guide: str | None = None
-    """Folder of a model trained by preferences that weighs tokens (TGDPO)."""
+    """Folder of a preference-trained model that weights tokens (TGDPO)."""
     guide_weight: float = Field(default=0.5, gt=0)
     """TGDPO's alpha."""
     dynamic_beta: float = Field(default=0.0, ge=0)
-    """beta grows by up to this share of itself with the rewards' difference (MM-DPO's w)."""
+    """Increase beta by up to this share as the rewards' difference grows (MM-DPO's w)."""
     dynamic_beta_rate: float = Field(default=0.5, gt=0)
-    """How fast it grows (MM-DPO's k)."""
+    """How fast beta increases (MM-DPO's k)."""
     token_reward_coefficient: Coefficient = 0.0
-    """Weight of the model's own token rewards (T-REG): two more forward passes of the reference."""
+    """Weight of the model's own token rewards (T-REG); needs two more forward passes of the reference."""
     better_prompt: str = "Give the best answer that you can: right, helpful and clear."
-    """T-REG: appended to the prompt for one of them."""
+    """T-REG: appended to the prompt in one of these passes."""
     worse_prompt: str = "Give a bad answer: wrong, unhelpful and unclear."
-    """T-REG: appended for the other."""
+    """T-REG: appended to the prompt in the other."""
     clip: float | None = Field(default=None, gt=0)
-    """rdp: scores count up to this distance from those before the step."""
+    """rdp: scores count up to this distance from their values before the step."""
     desirable_weight: Coefficient = 1.0
     """kto: weight of good responses."""
     undesirable_weight: Coefficient = 1.0
-    """kto: weight of bad responses; set the weights so that both kinds matter, if one is rare."""
+    """kto: weight of bad responses; set both weights so that both kinds matter if one is rare."""
     balance_classes: bool = False
-    """pacs: weigh right and wrong responses of a group alike."""
+    """pacs: give right and wrong responses of a group the same total weight."""
 
     @property
     def of_pairs(self) -> bool:
@@ -127,7 +129,7 @@ class PreferenceConfig(AlgorithmConfig):
         return frozenset(idle | {name for name, (_, why) in effects.items() if why.partition("=")[0] in idle})
 
     def _effects(self) -> dict[str, tuple[bool, str]]:
-        """By option: whether it acts, and with what it does not."""
+        """By option: whether it has an effect, and the setting with which it has none."""
         takes, link = link_parameters(self.link), f"link={self.link}"
         frozen, self_ranked = self.reference == "frozen", self.labels == "agreement"
         return {
@@ -155,7 +157,7 @@ class PreferenceConfig(AlgorithmConfig):
 
 
 def find_link(name: str) -> Link:
-    """Raise ValueError (NotFoundError) for an unknown one."""
+    """Look up a link. Raise ValueError (NotFoundError) if it is unknown."""
     if name in LINKS:
         return LINKS[name]
     if "." not in name:
@@ -167,7 +169,7 @@ def find_link(name: str) -> Link:
 
 
 def link_parameters(name: str) -> frozenset[str]:
-    """Raise ValueError for a link that cannot be supplied."""
+    """Names of the parameters of a link. Raise ValueError if one of them cannot be supplied."""
     parameters = inspect.signature(find_link(name)).parameters
     if not {"chosen", "rejected"} <= set(parameters) and "scores" not in parameters:
         raise ValueError("takes neither chosen and rejected nor scores")

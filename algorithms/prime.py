@@ -1,4 +1,4 @@
-"""PRIME: process rewards from an implicit PRM that learns from outcomes during the run (arXiv 2502.01456).
+"""PRIME: process rewards from an implicit PRM that is trained on outcomes during the run (arXiv 2502.01456).
 
 Outcome and process rewards have separate baselines in the group; their weighted returns are whitened over the batch.
 Estimators: RLOO (the paper's choice), GRPO and REINFORCE.
@@ -36,17 +36,17 @@ class PRIME(SurrogateAlgorithm):
         estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
         """How both halves are compared with the group."""
         mode: Literal["strict", "official", "verl"] = "strict"
-        """Process baseline and coefficients: the paper's text, or one of the two codebases (rloo)."""
+        """Process baseline and coefficients: the paper's text, or one of the two codebases (estimator=rloo)."""
         normaliser: Literal["none", "global_max_return", "global_std"] = "global_max_return"
-        """Divisor of process rewards over the whole batch; their scale (beta) then cancels."""
+        """Divisor of process rewards, computed over the whole batch; their scale (beta) then cancels."""
         process_coefficient: Coefficient = 1.0
         """Weight of the process half."""
         outcome_coefficient: Coefficient = 1.0
-        """Weight of the outcome half; after whitening only the ratio of both matters."""
+        """Weight of the outcome half; after whitening, only the ratio of the two weights matters."""
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
         kl_in: KLPlace = "loss"
-        """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
+        """Only loss: a KL penalty in the reward does not reach PRIME's returns."""
 
         @model_validator(mode="after")
         def _prime_options_act(self) -> Self:
@@ -87,8 +87,8 @@ class PRIME(SurrogateAlgorithm):
     def _combined(self, process: list[Float64], rewards: Float64, outcomes: Outcomes) -> Combined:
         config, rest = self.config, (outcomes.masks, outcomes.group, outcomes.valid)
         if config.estimator == "rloo":
-            # The rewards carry beta already: with beta 1 they are what strict mode and verl's use, and official's up to
-            # a factor that its normaliser takes out again.
+            # The rewards already include beta: with beta 1 they are what strict mode and verl's use, and official's up
+            # to a factor that its normaliser cancels.
             return prime_rloo(
                 process,
                 rewards,

@@ -1,6 +1,6 @@
 """REINFORCE++ (arXiv 2501.03262): no critic, no group; token rewards-to-go, whitened over the whole batch.
 
-A token's reward is minus its KL penalty, plus the outcome on the last one. `baseline: group` first subtracts the
+A token's reward is its negative KL penalty, plus the outcome on the last token. `baseline: group` first subtracts the
 group's mean from the outcome (the paper's REINFORCE++-baseline).
 """
 
@@ -30,7 +30,7 @@ class ReinforcePP(SurrogateAlgorithm):
         kl_coefficient: Coefficient = 0.01
         """Weight of the KL penalty to the reference policy (OpenRLHF's script); 0 loads none."""
         kl_in: KLPlace = "reward"
-        """Where the penalty is: in each token's reward (paper) or in the loss (its baseline form)."""
+        """Where the penalty is applied: in each token's reward (paper) or in the loss (its baseline form)."""
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:

@@ -37,8 +37,8 @@ class ReMax(SurrogateAlgorithm):
 
 
 def greedy_rewards(experience: Experience) -> tuple[Float64, Bool]:
-    """[G] rewards of the greedy responses, 0 without; [G] whether they were judged. Raise ValueError for a group
-    without one."""
+    """[G] rewards of the greedy responses, 0 if not judged; [G] whether they were judged. Raise ValueError if a group
+    has none."""
     scores = []
     for group in experience.groups:
         if group.greedy is None or group.scores is None:

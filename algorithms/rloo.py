@@ -19,7 +19,7 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class RLOO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """The paper's; the action is the whole sample, so log-probs are summed."""
+        """Defaults are the paper's; the action is the whole sample, so log-probs are summed."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
         kl_in: KLPlace = "reward"

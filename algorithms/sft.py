@@ -3,7 +3,7 @@
     L = - sum over samples i of w_i sum over trained tokens t of log pi(y_it) / N
 
 N: trained tokens of the optimizer step (token_mean), or its samples times their own tokens (sequence_mean_token_mean).
-w_i: the data's weight. On a frozen model's samples it is distillation by sequences (arXiv 1606.07947 section 3.2).
+w_i: the data's weight. On a frozen model's samples this is sequence-level distillation (arXiv 1606.07947 section 3.2).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of a loss that follow what the last update measured: of the KL penalty, and of the entropy bonus."""
+"""Weights of loss terms that adapt to what the last update measured: of the KL penalty and of the entropy bonus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from algorithms.surrogate_config import SurrogateConfig
 
 @dataclass(frozen=True)
 class Steered:
-    """Of one algorithm. Immutable."""
+    """Adaptive weights of one algorithm. Immutable."""
 
     config: SurrogateConfig
     adaptive_kl: AdaptiveCoefficient | None = None
@@ -34,11 +34,12 @@ class Steered:
 
     @property
     def bonus(self) -> bool:
-        """Whether the loss may have one."""
+        """Whether the loss may have an entropy bonus."""
         return self.entropy is not None or self.config.entropy_coefficient > 0
 
     def weights(self) -> dict[str, float]:
-        """What the loss reads of `Advantages.scalars`; a fixed weight of the bonus is the configuration's."""
+        """Weights that the loss reads from `Advantages.scalars`; a fixed weight of the bonus comes from the
+        configuration."""
         kl = {"kl_coefficient": self.kl} if self.config.kl_coefficient else {}
         return kl if self.entropy is None else {**kl, "entropy_coefficient": self.entropy.weight}
 
@@ -47,7 +48,7 @@ class Steered:
         return {names[name]: weight for name, weight in self.weights().items()}
 
     def after(self, metrics: Mapping[str, float]) -> Steered:
-        """An update that reported these."""
+        """Return the weights after an update that reported `metrics`."""
         kl, entropy = self.adaptive_kl, self.entropy
         if kl is not None and "kl/reference" in metrics:
             kl = kl.adjust(metrics["kl/reference"], int(metrics["policy/trained_samples"]))

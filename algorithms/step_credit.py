@@ -6,16 +6,16 @@ step k's tokens (`algorithms/functional/step_credit.py`):
 - min_form (PURE, arXiv 2504.15275): c_p (sum over l >= k of p_l softmax(-p / T)_l, minus a leave-one-out baseline per
   token) + c_o (a_i - mean of the others' a). For T -> 0 a response is worth its worst step.
 - loo: c_p (P_k - mean of the others' P_k) + c_o (a_i - mean of the others' a), P_k the sum over l >= k of
-  gamma^(l-k) p_l, 0 after the last step. The baseline knows nothing of what sample i did, so it moves no probability.
+  gamma^(l-k) p_l, 0 after the last step. The baseline does not depend on what sample i did, so it adds no bias.
 - anchor_states (GiGPO, arXiv 2505.10978): c_p (P_k - mean P of the group's steps in the same state) + c_o (a_i - mean
   of the group's a); both over their standard deviations if normalize_by_std.
 - episode_plus_step (OPRL): c_p z(p_k) + c_o z(a_i); z over all steps, or all outcomes, of the group.
 - turn_discounted (IGPO): r_k = c_p p_k, plus c_o a_i on the last step. norm=pooled_z: the sum over l >= k of
-  gamma^(l-k) z(r_l), normalised first and then summed, so that each further step earns another -mean / std of the
+  gamma^(l-k) z(r_l), normalised first and then summed, so each further step adds another -mean / std of the
   group; position_mean: the sum over l >= k of r_l minus the group's mean at the same token. With pooled_z and c_o = 0
   it is the process supervision of GRPO's paper (arXiv 2402.03300 section 4.1.3).
 
-Minus the KL from there on, if it is in the reward; 0 outside of steps. Loss: PPO's clipped surrogate.
+Minus the KL from that token on, if it is in the reward; 0 outside of steps. Loss: PPO's clipped surrogate.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ ACTS_WITH = {
 
 class StepCredit(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """Defaults are PURE's."""
+        """Defaults are those of PURE."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
         credit: Literal["min_form", "loo", "episode_plus_step", "turn_discounted", "anchor_states"] = "min_form"
-        """How a step is paid."""
+        """How a step earns credit."""
         process_coefficient: Coefficient = 1.0
         """Weight of process rewards; 0: outcome only."""
         outcome_coefficient: Coefficient = 1.0
         """Weight of the outcome reward; 0: process rewards only."""
         temperature: float = Field(default=0.1, gt=0)
-        """min_form: T, in units of process rewards: the smaller, the more the worst step alone counts."""
+        """min_form: T, in units of process rewards: the smaller it is, the more only the worst step counts."""
         norm: Literal["pooled_z", "position_mean"] = "pooled_z"
-        """turn_discounted: z-scores over all steps of the group, or minus the group's mean at the same token."""
+        """turn_discounted: z-scores over all steps of the group, or minus the group's mean at the same position."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """loo, anchor_states, and turn_discounted with pooled_z: discount per step."""
         normalize_by_std: bool = False
-        """anchor_states: divides by the standard deviation of what is compared, returns and outcomes."""
+        """anchor_states: divide returns and outcomes by the standard deviation of what they are compared with."""
         kl_coefficient: Coefficient = 0.001
         kl_in: KLPlace = "reward"
         kl_estimator: Estimator = "k1"
@@ -146,7 +146,7 @@ class StepCredit(SurrogateAlgorithm):
         return token_advantages(tokens, keep, outcomes.masks, {**metrics, **measured})
 
     def _tokens(self, steps: Steps, rewards: Float64, outcomes: Outcomes, inside: list[Bool]) -> list[Float64]:
-        """Ragged [T_i] advantages before the KL."""
+        """Ragged [T_i] advantages, before the KL is subtracted."""
         config, compared = self.config, (outcomes.valid, outcomes.group)
         weight = config.outcome_coefficient
         if config.credit == "turn_discounted":

@@ -1,4 +1,4 @@
-"""The policy loss and its options, and rewards before the advantages."""
+"""The policy loss and its options, and changes to rewards before the advantages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SurrogateAlgorithm(Algorithm):
         )
 
     def _is_linear(self, penalty_in_loss: bool) -> bool:
-        """Whether the loss of a token is a multiple of its advantage: not where a subclass or a user's surrogate
+        """Whether the loss of a token is a multiple of its advantage: it is not where a subclass or a user's surrogate
         computes it, nor with further terms."""
         own = any(
             getattr(type(self), name) is not getattr(SurrogateAlgorithm, name) for name in ("loss", "_surrogate_rows")
@@ -72,7 +72,8 @@ class SurrogateAlgorithm(Algorithm):
 
     @abstractmethod
     def credit(self, experience: Experience) -> Advantages:
-        """One advantage per response token; mostly `token_advantages(spread(per_sample, outcomes.masks), ...)`."""
+        """Return one advantage per response token; mostly `token_advantages(spread(per_sample, outcomes.masks),
+        ...)`."""
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         longest, rewards = self.config.overlong_max_tokens, outcomes.rewards
@@ -85,7 +86,8 @@ class SurrogateAlgorithm(Algorithm):
         return rewards + penalty, {"reward/overlong_penalty": mean}
 
     def token_kl(self, experience: Experience, outcomes: Outcomes) -> tuple[list[Float64] | None, dict[str, float]]:
-        """Ragged KL estimates if the penalty is in the reward, else None; and their mean over trained tokens."""
+        """Ragged KL estimates if the penalty is in the reward, else None, and metrics with their mean over trained
+        tokens."""
         if not self.needs().token_kl:
             return None, {}
         policy, reference = experience.policy_logprobs, experience.reference_logprobs
@@ -125,7 +127,7 @@ class SurrogateAlgorithm(Algorithm):
 
         anchored = inputs
         if config.anchor == "rollout":
-            trained = inputs.mask > 0  # nothing sampled the others
+            trained = inputs.mask > 0  # no sampler gave log-probs of the others
             anchored = replace(inputs, old_logprobs=inputs.rollout_logprobs.where(trained, inputs.old_logprobs))
         surrogate, clipped = self._surrogate_rows(anchored)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
@@ -148,7 +150,7 @@ class SurrogateAlgorithm(Algorithm):
         loss = mean(surrogate)
         if inputs.reference_logprobs is not None:
             divergence = losses.kl_divergence(inputs.logprobs, inputs.reference_logprobs, config.kl_estimator)
-            if weights is not None:  # an expectation over the policy's samples, too
+            if weights is not None:  # this is also an expectation over the policy's samples
                 divergence = divergence * weights
             sums["kl/reference"] = share(divergence)
             if config.kl_in == "loss":
@@ -158,7 +160,7 @@ class SurrogateAlgorithm(Algorithm):
         return LossOutput(loss=loss, sums=sums, rows=rows)
 
     def _ratio(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """[R] of each token's probability to that of the policy which the surrogate compares with, if it does."""
+        """[R] ratio of each token's probability to that under the policy that the surrogate compares with, if any."""
         bases = [getattr(inputs, name) for name in ("rollout_logprobs", "old_logprobs") if name in self._parameters]
         return {"ratio": losses.clamped(inputs.logprobs.detach() - bases[-1]).exp()} if bases else {}
 

@@ -1,4 +1,4 @@
-"""Options of the policy loss, and of rewards before the advantages; no torch."""
+"""Options of the policy loss, and of changes to rewards before the advantages; no torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from rlkit.experience.section import Coefficient
 
 KLPlace = Literal["loss", "reward"]
 STALE_LARGEST_WEIGHT = 2.0
-"""Of truncated importance sampling (Yao et al. 2025)."""
+"""Largest weight of truncated importance sampling (Yao et al. 2025)."""
 
 
 class SurrogateConfig(AlgorithmConfig):
     loss: str = "clipped"
     """clipped: PPO's surrogate; gspo: with the ratio of whole samples; cispo: clipped weights of log-probs;
     policy_gradient: no ratio; sapo: a soft gate; gmpo: the geometric mean of a sample's ratios; dppo: a bound on the
-    divergence; clip_cov, kl_cov: hold back what lowers the entropy; or the dotted path of your function or class."""
+    divergence; clip_cov, kl_cov: hold back tokens that lower the entropy; or the dotted path of your function or
+    class."""
     loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
-    """Options of `loss`, if it has any: sapo, dppo, clip_cov, kl_cov, or your class with a Config."""
+    """Options of `loss`, if it has any: for sapo, dppo, clip_cov, kl_cov, or your class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio to the policy before the update is clipped at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
     anchor: Literal["learner", "rollout"] = "learner"
-    """What the ratio is to: the learner's log-probs before the update, or the sampler's, of whatever policies."""
+    """Denominator of the ratio: the learner's log-probs before the update, or the sampler's, from whichever policies
+    sampled."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
     aggregation: Aggregation = "token_mean"
@@ -41,36 +43,38 @@ class SurrogateConfig(AlgorithmConfig):
     kl_in: KLPlace = "loss"
     """Where the penalty is applied."""
     kl_estimator: Estimator = "k3"
-    """Of the KL per token; use k1, whose expected gradient is 0, in the reward."""
+    """Estimator of the KL per token; in the reward use k1, whose expected gradient is 0."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
+    """Target KL in nats per token, towards which `kl_coefficient` is steered; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: Coefficient = 0.0
-    """Weight of an entropy bonus; with `entropy_target` at the start."""
+    """Weight of an entropy bonus; with `entropy_target`, its initial value."""
     entropy_target: float | None = Field(default=None, gt=0)
-    """Nats per token below which the bonus is on. After each step its weight grows by `entropy_step` if the entropy was
-    below, else it falls, down to 0 (arXiv 2505.22312: 0.2); null: the bonus is always on, with a fixed weight."""
+    """Nats per token below which the bonus is on. After each step its weight grows by `entropy_step` if the entropy
+    was below, and otherwise shrinks, down to 0 (arXiv 2505.22312: 0.2); null: the bonus is always on, with a fixed
+    weight."""
     entropy_step: float = Field(default=1e-4, gt=0)
-    """For `entropy_target`."""
+    """Change of the weight per step with `entropy_target`."""
     entropy_limit: float = Field(default=0.005, gt=0)
     """Largest weight of the bonus with `entropy_target`."""
     rollout_correction: Literal["none", Correction] | None = None
-    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. sequence_*:
-    one weight for a whole sample, the product of its tokens'; geometric_mask: leave out samples whose geometric mean is
-    too far, without weights. null: with `trainer.max_staleness` above 0 truncated at 2, else none."""
+    """Weights that correct for the difference between sampler and learner: truncated, 0 where too far off, or
+    unchanged. sequence_*: one weight per sample, the product over its tokens; geometric_mask: leave out samples whose
+    geometric mean is too far off, without weights. null: truncated at 2 with `trainer.max_staleness` above 0, else
+    none."""
     largest_weight: float | None = Field(default=None, gt=0)
-    """For rollout_correction=truncate (published: 2), mask (published: 5) and those of samples (products: 2 to 10;
-    geometric means: 1.001)."""
+    """For rollout_correction=truncate (published: 2), mask (published: 5) and the per-sample corrections (products: 2
+    to 10; geometric means: 1.001)."""
     smallest_weight: float | None = Field(default=None, gt=0)
     """For rollout_correction=mask (published: 0.5), sequence_mask and geometric_mask; null: no lower bound."""
     truncated_reward: float | None = None
-    """Reward of a response cut at `rollout.max_response_tokens`, in place of its own (Tulu 3: -10); null: its own.
-    Filters of the buffer still see its own."""
+    """Reward of a response cut off at `rollout.max_response_tokens`, instead of its own (Tulu 3: -10); null: its own.
+    Filters of the buffer still see its own reward."""
     overlong_max_tokens: int | None = Field(default=None, ge=1)
-    """Response length that costs 1 reward (DAPO); null: length costs nothing."""
+    """Response length that costs a reward of 1 (DAPO); null: length costs nothing."""
     overlong_buffer_share: float = Field(default=0.2, gt=0, le=1)
-    """Share of `overlong_max_tokens`, at its end, over which that cost grows from 0 (DAPO: 0.2)."""
+    """Share of `overlong_max_tokens`, at its end, over which that cost rises from 0 (DAPO: 0.2)."""
 
     @field_validator("loss")
     @classmethod
@@ -139,7 +143,7 @@ class SurrogateConfig(AlgorithmConfig):
 
     @property
     def by_length(self) -> str | None:
-        """An option in use that changes rewards by the response's length."""
+        """The option in use that changes rewards by the response's length, if any."""
         names = ("truncated_reward", "overlong_max_tokens")
         return next((name for name in names if getattr(self, name) is not None), None)
 

@@ -1,1 +1,1 @@
-"""Advantages, returns, losses and credit as pure functions."""
+"""Advantages, returns, losses and credit assignment as pure functions."""

@@ -20,7 +20,7 @@ Int64 = NDArray[np.int64]
 Ragged = Sequence[Float64]
 """[T_i] per sample, i = 1 .. B."""
 Masks = Sequence[Bool]
-"""Ragged [T_i]: trained tokens."""
+"""Ragged [T_i]: marks trained tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Outcomes:
     lengths: Int64
     """[B] trained response tokens."""
     truncated: Bool
-    """[B] cut for want of room."""
+    """[B] cut off at the length limit."""
 
     @classmethod
     def of(cls, experience: Experience, needed: bool = True) -> Outcomes:
-        """Without an outcome a score is invalid if outcomes are `needed`. Raise ValueError if a group is not scored
-        yet."""
+        """Collect the samples. If outcomes are `needed`, a score without one is invalid. Raise ValueError if a group
+        has not been scored."""
         rows = [(g, sample, score) for g, group in enumerate(experience.groups) for sample, score in group.scored()]
         masks = [sample.trained for _, sample, _ in rows]
         valid = [
@@ -65,7 +65,8 @@ def spread(values: Float64, masks: Masks) -> list[Float64]:
 
 
 def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[str, float]) -> Advantages:
-    """Ragged float64. `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples."""
+    """Wrap ragged float64; `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept
+    samples."""
     kept_rows = [row[mask] for row, mask, kept in zip(tokens, masks, keep, strict=True) if kept]
     size = np.abs(np.concatenate(kept_rows)) if kept_rows else np.zeros(0)
     return Advantages(
@@ -80,7 +81,7 @@ def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[
 
 
 def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[Int64]:
-    """Indices of each group's valid samples, if at least `at_least`."""
+    """Yield the indices of each group's valid samples, if there are at least `at_least`."""
     for g in np.unique(group[valid]):
         members = np.flatnonzero((group == g) & valid)
         if len(members) >= at_least:
@@ -93,8 +94,8 @@ def group_relative(
     """GRPO's advantage (arXiv 2402.03300 section 4.1.2): (r - mean of group) / (std of group + eps).
 
     rewards, valid, group [B] -> advantages, keep [B]. Statistics are over valid samples, with ddof 1. Without
-    `normalize_by_std`: Dr. GRPO's (arXiv 2503.20783). Invalid samples and groups with fewer than two valid ones get 0
-    and keep False; an all-equal group gets 0 and is kept.
+    `normalize_by_std`: Dr. GRPO's (arXiv 2503.20783). Invalid samples, and groups with fewer than two valid ones, get 0
+    and keep=False; a group with equal rewards gets 0 and is kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -110,8 +111,8 @@ def group_relative(
 def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
     """RLOO's advantage (arXiv 2402.14740): r minus the mean of the group's *other* valid samples.
 
-    rewards, valid, group [B] -> advantages, keep [B]. A single valid sample gets 0 and keep False; all-equal ones get 0
-    and are kept.
+    rewards, valid, group [B] -> advantages, keep [B]. A lone valid sample gets 0 and keep=False; samples with equal
+    rewards get 0 and are kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)

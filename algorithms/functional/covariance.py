@@ -1,8 +1,8 @@
 """Clip-Cov and KL-Cov (arXiv 2505.22617): hold back the few tokens that drive the policy's entropy down.
 
 The covariance of a token is (A - mean A)(log mu - mean log mu) over all trained tokens of the step, mu being the
-sampler's probability (paper: the policy's, within each mini-batch). So the driver selects, once, and how the step is
-cut does not matter.
+sampler's probability (paper: the policy's, within each mini-batch). The driver therefore selects once per step, and how
+the step is split into mini-batches does not matter.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SELECTED = "selected"
 
 
 class ClipCov:
-    """PPO's clipped surrogate, without gradient on a random `share` of the step's tokens, taken from those whose
+    """PPO's clipped surrogate, but without gradient on a random `share` of the step's tokens, drawn from those whose
     covariance is between `low` and `high`."""
 
     class Config(Section):
         share: float = Field(default=2e-4, gt=0, le=1)
-        """Of the step's trained tokens; at least one."""
+        """Share of the step's trained tokens to select; at least one token."""
         low: float = 1.0
-        """Smallest covariance of a token that may be taken; the mean is far below."""
+        """Smallest covariance of a token that may be selected; the mean is far below it."""
         high: float = 5.0
-        """Largest."""
+        """Largest covariance of a token that may be selected."""
 
     def __init__(self, config: Config) -> None:
         if config.low >= config.high:
@@ -71,7 +71,7 @@ class KLCov:
 
     class Config(Section):
         share: float = Field(default=2e-3, gt=0, le=1)
-        """Of the step's trained tokens; at least one (paper: 2e-3 for 7B, 2e-4 for 32B)."""
+        """Share of the step's trained tokens to select; at least one token (paper: 2e-3 for 7B, 2e-4 for 32B)."""
         coefficient: Coefficient = 1.0
         """Weight of the penalty."""
 
@@ -92,9 +92,9 @@ class KLCov:
 def select(
     experience: Experience, credit: Advantages, share: float, order: Callable[[Float64, Float64], Float64]
 ) -> dict[str, list[FloatArray]]:
-    """Mark with 1 the `share` of the step's N trained tokens that come first by a finite `order`, others with 0.
+    """Mark with 1 the `share` of the step's N trained tokens that come first by a finite `order`, the others with 0.
 
-    `order` (covariances [N], draws [N]) -> [N]; a draw is uniform, and a function of its sample alone.
+    `order` (covariances [N], draws [N]) -> [N]; a draw is uniform and depends only on its sample.
     """
     samples = [sample for group in experience.groups for sample in group.samples]
     masks = [sample.trained & kept for sample, kept in zip(samples, credit.keep, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AdaptiveEntropy:
-    """Weight of an entropy bonus that is on only below a target entropy (Skywork-OR1, arXiv 2505.22312 section 3.2.5).
+    """Weight of an entropy bonus that only acts below a target entropy (Skywork-OR1, arXiv 2505.22312 section 3.2.5).
 
     Immutable.
     """
@@ -27,7 +27,7 @@ class AdaptiveEntropy:
         return self.value if self.below else 0.0
 
     def adjust(self, measured: float) -> AdaptiveEntropy:
-        """One step up if `measured` is below the target, else one down, within 0 and the limit.
+        """Move one step up if `measured` is below the target, else one down, between 0 and the limit.
 
         Unchanged if `measured` is not finite.
         """

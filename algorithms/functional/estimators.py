@@ -1,4 +1,4 @@
-"""Advantages of whole samples beside GRPO's and RLOO's: one function for each paper."""
+"""Per-sample advantages other than GRPO's and RLOO's: one function per paper."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlkit.experience import UserError
 def length_weighted(rewards: Float64, valid: Bool, group: Int64, trained: Int64) -> tuple[Float64, Bool]:
     """OPO's advantage (arXiv 2505.23585): r - sum(l r) / sum(l) over the group's valid samples.
 
-    rewards, valid, group, trained [B] (l, trained tokens) -> advantages, keep [B]. That is the baseline of least
-    variance if the squared gradient of a sample grows with its length.
+    rewards, valid, group, trained [B] (l, trained tokens) -> advantages, keep [B]. This baseline has the least variance
+    if the squared gradient of a sample grows with its length.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -31,8 +31,8 @@ def group_policy_gradient(
 ) -> tuple[Float64, Bool]:
     """GPG's advantage (arXiv 2504.02546): alpha (r - mean of group) / F.
 
-    alpha = B / (B - M), M of the step's B kept samples being in groups with equal rewards, so that these do not shrink
-    the gradient. F = 1, or the group's standard deviation.
+    alpha = B / (B - M), where M of the step's B kept samples are in groups with equal rewards, so that those do not
+    shrink the gradient. F = 1, or the group's standard deviation.
     """
     advantages, keep = group_relative(rewards, valid, group, normalize_by_std=normalize_by_std)
     unequal = sum(len(members) for members in members_of_groups(keep, group) if np.ptp(rewards[members]) > 0.0)
@@ -62,10 +62,10 @@ def pass_at_k(
 ) -> tuple[Float64, Bool]:
     """Pass@k training's analytical advantage (arXiv 2508.10751): (m - mean) / (std + eps).
 
-    Over all subsets of k of a group's n valid samples, whose reward is their largest: m is the mean of those with the
-    sample in them; mean and std are over all. With rewards of 0 and 1, W of them 0: mean = 1 - C(W, k) / C(n, k), std =
-    sqrt(mean (1 - mean)), m = 1 for a right sample and 1 - C(W - 1, k - 1) / C(n - 1, k - 1) for a wrong one. A group
-    with fewer than k valid samples gets keep False, one whose subsets all have the same reward 0.
+    Over all subsets of k of a group's n valid samples, whose reward is their largest: m is the mean over those that
+    contain the sample; mean and std are over all. With rewards of 0 and 1, W of them 0: mean = 1 - C(W, k) / C(n, k),
+    std = sqrt(mean (1 - mean)), m = 1 for a right sample and 1 - C(W - 1, k - 1) / C(n - 1, k - 1) for a wrong one. A
+    group with fewer than k valid samples gets keep=False; one whose subsets all have the same reward gets 0.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -74,7 +74,7 @@ def pass_at_k(
         n, order = len(members), np.argsort(rewards[members], kind="stable")
         ranked = rewards[members][order]
         if (ranked == ranked[-1]).sum() > n - k:
-            continue  # a best sample is in every subset
+            continue  # every subset contains a best sample
         largest = np.array([math.comb(i, k - 1) for i in range(n)]) / math.comb(n, k)
         mean = (largest * ranked).sum()
         with_it = np.array([math.comb(i, k - 1) for i in range(n)], dtype=np.float64) * ranked
@@ -88,10 +88,11 @@ def pass_at_k(
 
 
 def decoupled(components: Float64, weights: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
-    """GDPO's advantage (arXiv 2601.05242): GRPO's of each reward, summed with weights, over the std of the step.
+    """GDPO's advantage (arXiv 2601.05242): GRPO's advantages of each reward, in a weighted sum, over the std of the
+    step.
 
-    components [B, K], weights [K], valid, group [B] -> advantages, keep [B]. The step's mean, which the paper takes
-    off, is 0 already.
+    components [B, K], weights [K], valid, group [B] -> advantages, keep [B]. The step's mean, which the paper
+    subtracts, is already 0.
     """
     relative = [group_relative(column, valid, group, normalize_by_std=True) for column in components.T]
     total, keep = np.stack([advantages for advantages, _ in relative], axis=1) @ weights, relative[0][1]
@@ -103,7 +104,7 @@ def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid:
     """ReMax's advantage (arXiv 2310.10505): r minus the reward of the prompt's greedy response.
 
     rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample -> advantages, keep [B]. Without a valid
-    greedy response keep is False.
+    greedy response, keep is False.
     """
     keep = valid & greedy_valid
     return np.where(keep, np.where(keep, rewards, 0.0) - np.where(keep, greedy, 0.0), 0.0), keep
@@ -115,8 +116,8 @@ def against_reference(
     """BRPO's advantage (Writing-Zero): +1 if the sample wins against its group's reference sample, else -1.
 
     wins [B] (ignored for references), reference [B], valid, group [B] -> advantages, keep [B]. The reference gets 0. A
-    group is dropped when |sum of advantages| / its valid samples exceeds `max_skew`, with fewer than two valid samples,
-    or with an invalid reference. Raise ValueError for several references in a group.
+    group is dropped if |sum of advantages| / its valid samples exceeds `max_skew`, if it has fewer than two valid
+    samples, or if its reference is invalid. Raise ValueError for several references in a group.
     """
     advantages = np.zeros(len(wins), dtype=np.float64)
     keep = np.zeros(len(wins), dtype=np.bool_)

@@ -2,7 +2,7 @@
 
 Estimators per token, d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): k1 = d (unbiased), k2 =
 d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never negative). d is clamped to [-20, 20] in k2 and
-k3 against overflow.
+k3 to avoid overflow.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class AdaptiveCoefficient:
 
     value: float
     target: float
-    """In the unit of the measurement (paper: nats per sample)."""
+    """In the unit of what is measured (paper: nats per sample)."""
     horizon: float = 10_000.0
     """Samples over which an error of 20 % changes the value by about 20 %."""
 
     def adjust(self, measured: float, samples: int) -> AdaptiveCoefficient:
-        """After `samples` more samples: value (1 + clip(measured / target - 1, +-0.2) samples / horizon).
+        """Return the coefficient after `samples` more samples: value (1 + clip(measured / target - 1, +-0.2) samples /
+        horizon).
 
         Unchanged if `measured` is not finite.
         """

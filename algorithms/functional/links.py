@@ -1,10 +1,10 @@
-"""Links from log-ratios to losses of pairs, samples and groups: what a preference objective is (torch).
+"""Links that turn log-ratios into losses of pairs, samples and groups; each is a preference objective (torch).
 
-A *score* is one number of a response: the sum or mean over its trained tokens of log pi - log pi_ref, or of log pi
-where there is no reference. Links take scores of chosen and rejected responses [P] (h = chosen - rejected) or of
-samples [S], `beta` as a number or per pair, and return one loss per pair or sample. sg is the logistic function. Scores
-are fp32 at least, because sg saturates. Only methods of tensors are used at import, so that a configuration can look up
-a link without loading torch.
+A *score* is one number per response: the sum or mean over its trained tokens of log pi - log pi_ref, or of log pi where
+there is no reference. Links take scores of chosen and rejected responses [P] (h = chosen - rejected) or of samples [S],
+`beta` as a number or per pair, and return one loss per pair or sample. sg is the logistic function. Scores are fp32 at
+least, because sg saturates. Importing this module does not load torch, so that a configuration can look up a link
+cheaply.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def robust(chosen: Tensor, rejected: Tensor, beta: float | Tensor, label_smoothi
 
 
 def ipo(chosen: Tensor, rejected: Tensor, beta: float | Tensor) -> Tensor:
-    """(h - 1 / (2 beta))^2 (arXiv 2310.12036); with mean log-ratios, as its authors confirmed."""
+    """(h - 1 / (2 beta))^2 (arXiv 2310.12036); with mean log-ratios, as the authors confirmed."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
@@ -82,7 +82,7 @@ def sppo(chosen: Tensor, rejected: Tensor, beta: float | Tensor) -> Tensor:
 
 
 def orpo(chosen: Tensor, rejected: Tensor, beta: float | Tensor) -> Tensor:
-    """-beta log sg(logit P_w - logit P_l) of mean log-probs, P = exp(mean) (arXiv 2403.07691 eq. 6, 7, beside the
+    """-beta log sg(logit P_w - logit P_l) of mean log-probs, P = exp(mean) (arXiv 2403.07691 eq. 6, 7, added to the
     chosen response's -log pi)."""
     log_odds = (chosen - rejected) - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
     return -beta * _log_sigmoid(log_odds)
@@ -98,7 +98,7 @@ def rdp(
     clip: float | None = None,
 ) -> Tensor:
     """(h - gain / beta)^2, `gain` = R_w - R_l [P] (PRDP, arXiv 2402.08714). With `clip`: the larger of this and the
-    same with scores clipped to within `clip` of those before the step."""
+    same with scores clipped to within `clip` of those from before the step."""
     target = gain / beta
     plain = (chosen - rejected - target) ** 2
     if clip is None or old_chosen is None or old_rejected is None:
@@ -109,7 +109,7 @@ def rdp(
 
 def copg(chosen: Tensor, rejected: Tensor, beta: float | Tensor, gain: Tensor) -> Tensor:
     """-(gain - beta h / 2) h, `gain` = R_w - R_l [P] (CoPG, arXiv 2406.19185); minimal where R - beta log-ratio is
-    equal for both. It is beta / 2 x `rdp`, up to a constant."""
+    equal for both. Equals beta / 2 x `rdp`, up to a constant."""
     ratio = chosen - rejected
     return -(gain - beta / 2 * ratio) * ratio
 
@@ -154,8 +154,8 @@ def bco(scores: Tensor, labels: Tensor, shift: float | Tensor, beta: float) -> T
 
 
 def less_others(scores: Tensor, group: Tensor) -> Tensor:
-    """psi [S]: each score minus the mean of the other scores of its group [S]; 0 for a single one. With gradient
-    through the mean."""
+    """psi [S]: each score minus the mean of the other scores in its group [S]; 0 if it is the only one. The gradient
+    also flows through the mean."""
     zeros = scores.new_zeros(int(group.max()) + 1)
     total = zeros.index_add(0, group, scores)[group]
     count = zeros.index_add(0, group, scores.new_ones(len(scores)))[group]
@@ -163,7 +163,7 @@ def less_others(scores: Tensor, group: Tensor) -> Tensor:
 
 
 def class_weights(labels: Tensor, group: Tensor) -> Tensor:
-    """[S] samples of the group / (2 x those with the same label, 0 or 1); 1 in a group of one class."""
+    """[S] samples of the group / (2 x those with the same label, 0 or 1); 1 in a group with one class."""
     zeros = labels.new_zeros(int(group.max()) + 1)
     count = zeros.index_add(0, group, labels.new_ones(len(labels)))[group]
     right = zeros.index_add(0, group, labels)[group]
@@ -174,17 +174,17 @@ def class_weights(labels: Tensor, group: Tensor) -> Tensor:
 def pacs(scores: Tensor, labels: Tensor, group: Tensor, beta: float, weights: float | Tensor = 1.0) -> Tensor:
     """Cross-entropy of psi = beta (s - mean of the group's others) with the labels 0 or 1, [S] (arXiv 2509.02522).
 
-    Scores are log-ratios to the policy before the step; a group must be whole.
+    Scores are log-ratios to the policy before the step; groups must be complete.
     """
     return weights * cross_entropy(beta * less_others(scores, group), labels)
 
 
-# -- terms beside a link, and weights --------------------------------------------------------------------------
+# -- terms added to a link, and weights ------------------------------------------------------------------------
 
 
 def tgdpo_weights(guide_ratios: Tensor, beta: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """Weights [R] of the tokens of chosen and of rejected responses: 1 + alpha beta q and 1 - alpha beta q, q = log
-    guide - log pi_ref (TGDPO, arXiv 2506.14574); alpha = 0 is DPO."""
+    """Token weights [R] of chosen and of rejected responses: 1 + alpha beta q and 1 - alpha beta q, q = log guide - log
+    pi_ref (TGDPO, arXiv 2506.14574); alpha = 0 is DPO."""
     shift = alpha * beta * guide_ratios
     return 1 + shift, 1 - shift
 
@@ -202,7 +202,7 @@ def treg(chosen: Tensor, rejected: Tensor, beta: float, chosen_term: Tensor, rej
 
 
 def wpo_weights(chosen_logprobs: Tensor, rejected_logprobs: Tensor) -> Tensor:
-    """min(1, exp(mean log pi of chosen + of rejected)) [P], detached: pairs count as far as the policy would sample
+    """min(1, exp(mean log pi of chosen + of rejected)) [P], detached: pairs count by how likely the policy is to sample
     them (WPO, arXiv 2406.11827)."""
     return (chosen_logprobs + rejected_logprobs).exp().clamp(max=1.0).detach()
 
@@ -211,13 +211,13 @@ def wpo_weights(chosen_logprobs: Tensor, rejected_logprobs: Tensor) -> Tensor:
 
 
 def sample_sums(rows: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-    """[R] -> [S] sums over rows with a mask above 0; other rows may hold anything."""
+    """[R] -> [S] sums over rows with a mask above 0; the values of other rows do not matter."""
     kept = _wide(rows).where(mask > 0, 0.0)
     return kept.new_zeros(num_sequences).index_add(0, sequence, kept)
 
 
 def first_sums(rows: Tensor, mask: Tensor, sequence: Tensor, samples: Tensor, count: Tensor) -> Tensor:
-    """[P] sums over the first `count` [P] trained rows of `samples` [P]; rows [R] of a sample are neighbours."""
+    """[P] sums over the first `count` [P] trained rows of `samples` [P]; the rows [R] of a sample are contiguous."""
     from torch import searchsorted
 
     kept = mask > 0
@@ -232,7 +232,7 @@ def first_sums(rows: Tensor, mask: Tensor, sequence: Tensor, samples: Tensor, co
 
 
 def correct_incorrect_pairs(labels: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (chosen, rejected) [P] of all pairs of one group with labels chosen > rejected; labels, group [S]."""
+    """Indices (chosen, rejected) [P] of all pairs within a group with labels chosen > rejected; labels, group [S]."""
     better = (labels[:, None] > labels[None, :]) & (group[:, None] == group[None, :])
     chosen, rejected = better.nonzero(as_tuple=True)
     return chosen, rejected
@@ -245,8 +245,7 @@ def _log_sigmoid(values: Tensor) -> Tensor:
 
 
 def _log_one_minus_exp(logprob: Tensor) -> Tensor:
-    """log(1 - exp(x)) of x <= 0; x is held at -1e-7, above which a response that is all but certain would make it
-    infinite."""
+    """log(1 - exp(x)) for x <= 0; x is capped at -1e-7, beyond which an almost certain response gives infinity."""
     return (-logprob.clamp(max=-1e-7).expm1()).log()
 
 

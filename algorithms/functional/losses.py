@@ -1,7 +1,7 @@
 """Losses of policy and critic: pure functions of flat rows [R].
 
-Log-ratios are clamped to [-20, 20], without gradient beyond. Only methods of tensors are used, so that a configuration
-can look up a surrogate without loading torch.
+Log-ratios are clamped to [-20, 20], with no gradient outside. Only tensor methods are used, so that a configuration can
+look up a surrogate without loading torch.
 """
 
 from __future__ import annotations
@@ -132,13 +132,13 @@ def rollout_weights(
     largest: float | None = None,
     smallest: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [R] for samples from another policy than the proximal one, and where they were cut [R]; no gradient.
+    """Weights [R] for samples from a policy other than the proximal one, and where they were cut [R]; no gradient.
 
     w = exp(old - rollout), 1 where mask is 0. truncate: min(w, largest) (truncated importance sampling, Yao et al.
     2025). mask: w within [smallest, largest], else 0 (the token still counts in the denominators). decoupled: w (AReaL,
-    arXiv 2505.24298). sequence_truncate, sequence_mask: the same with the product of a sample's w on all its tokens.
-    geometric_mask: 1 where their geometric mean is within the bounds, else 0 (both: Liu and Li 2025, "When Speed Kills
-    Stability"). Raise ValueError if a bound is missing.
+    arXiv 2505.24298). sequence_truncate, sequence_mask: the same with the product of a sample's w for all its tokens.
+    geometric_mask: 1 where their geometric mean is within the bounds, else 0 (all three: Liu and Li 2025, "When Speed
+    Kills Stability"). Raise ValueError if a bound is missing.
     """
     log_ratio = (old_logprobs - rollout_logprobs).where(mask > 0, 0.0).detach()
     if correction in ("sequence_truncate", "sequence_mask", "geometric_mask"):
@@ -161,8 +161,8 @@ def rollout_weights(
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
     """Per-token estimates [R] of KL(policy || reference), as in `kl.py`; differentiable in `logprobs`.
 
-    The expected gradient of k1 is 0 (use it in the reward), that of k2 is the KL's, that of k3 is KL(reference ||
-    policy)'s.
+    The expected gradient of k1 is 0 (use it in the reward); that of k2 is the KL's; that of k3 is that of KL(reference
+    || policy).
     """
     if estimator == "k1":
         return logprobs - reference_logprobs

@@ -1,6 +1,6 @@
-"""Which responses of a group are compared, and how much their order is worth (numpy).
+"""Which responses of a group are compared, and how certain their order is (numpy).
 
-Scores are of one group's responses [N]; pairs are (better, worse) indices into it.
+Scores are those of one group's responses [N]; pairs are (better, worse) indices into the group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Pairing = Literal["auto", "judge", "best_worst", "all", "adjacent"]
 
 
 def best_worst(scores: Float64) -> Pairs:
-    """The best against the worst, ties to the earlier; none if all are equal."""
+    """Pair the best with the worst, ties going to the earlier; none if all are equal."""
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     return [(best, worst)] if scores[best] > scores[worst] else []
 
@@ -30,18 +30,18 @@ def all_unequal(scores: Float64) -> Pairs:
 
 
 def all_pairs(scores: Float64) -> Pairs:
-    """Ties, too, in their order."""
+    """All pairs, including ties in their order of appearance."""
     return [(i, j) for i in range(len(scores)) for j in range(len(scores)) if (scores[i], j) > (scores[j], i)]
 
 
 def adjacent(scores: Float64) -> Pairs:
-    """Neighbours in the ranking, where they differ; ties in their order."""
+    """Neighbours in the ranking, unless their scores are equal; ties are ranked in their order of appearance."""
     ranking = np.argsort(-scores, kind="stable").tolist()
     return [(i, j) for i, j in pairwise(ranking) if scores[i] > scores[j]]
 
 
 def kendall_tau(first: Float64, second: Float64) -> float:
-    """(concordant - discordant pairs) / all pairs of two scorings [N]; ties count 0. Raise ValueError if N < 2."""
+    """(concordant - discordant pairs) / all pairs of two scorings [N]; ties count as 0. Raise ValueError if N < 2."""
     n = len(first)
     if n < 2:
         raise ValueError("a rank correlation needs two scores")
@@ -74,18 +74,18 @@ class Compared:
     samples: Int64
     """[P, 2] (better, worse)"""
     probability: Float64
-    """[P] that the better one is, at least 1/2; 1 where scores decide."""
+    """[P] probability that the better one is better, at least 1/2; 1 where scores decide."""
     gain: Float64
-    """[P] what was recorded as margin, else the difference of the scores."""
+    """[P] the recorded margin, else the difference of the scores."""
     margin: Float64
-    """[P] what was recorded, else 0."""
+    """[P] the recorded margin, else 0."""
     weight: Float64
-    """[P] what was recorded; where scores decide, the mean of both responses'."""
+    """[P] the recorded weight; where scores decide, the mean weight of the two responses."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], scores: Float64, valid: Bool, how: Pairing, ties: bool = False) -> Compared:
-        """`scores`, `valid` [B]. judge: the preferences of `GroupScores.pairs`; auto: those where a group has some.
-        `ties`: all means equal ones, too.
+        """Pair the samples; `scores`, `valid` [B]. judge: by the preferences in `GroupScores.pairs`; auto: by these
+        where a group has any. `ties`: all also pairs equal scores.
 
         Pairs with an invalid sample are left out.
         """
@@ -105,7 +105,7 @@ class Compared:
         rows = [row for row in rows if valid[row[0]] and valid[row[1]]]
         samples = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
         stated_values = np.array([(p.probability, p.margin, p.weight) for _, _, p in rows], np.float64).reshape(-1, 3)
-        probability, margin, weight = stated_values.T  # None is NaN there
+        probability, margin, weight = stated_values.T  # None becomes NaN here
         gain = np.where(np.isnan(margin), scores[samples[:, 0]] - scores[samples[:, 1]], margin)
         return cls(samples, probability, gain, np.nan_to_num(margin), weight)
 

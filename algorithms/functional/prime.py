@@ -1,8 +1,8 @@
 """PRIME's returns (arXiv 2502.01456): process and outcome rewards with separate baselines, combined and whitened.
 
 r_it is the process reward of token t of response i, m_i its mean over trained tokens, a_i the outcome reward, K the
-valid responses of a group, q_it = log pi_phi - log pi_ref. Process rewards on untrained tokens are ignored; the outcome
-is on the last trained token. `prime_rloo` follows one of three codebases:
+number of valid responses in a group, q_it = log pi_phi - log pi_ref. Process rewards on untrained tokens are ignored;
+the outcome is on the last trained token. `prime_rloo` follows one of three codebases:
 
 | | ours (`strict`) | `official` (PRIME-RL/PRIME) | `verl` (recipe/prime) |
 |---|---|---|---|
@@ -42,7 +42,7 @@ class Scaled(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Both halves of a return, unweighted. Ragged [T_i]; 0 where not kept."""
+    """Both halves of a return, unweighted. Ragged [T_i]; 0 for samples that are not kept."""
 
     process: list[Float64]
     outcome: list[Float64]
@@ -57,18 +57,18 @@ class Combined(NamedTuple):
 
 
 def only_trained(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards in float64, 0 on untrained tokens (even for NaN)."""
+    """Process rewards in float64, 0 on untrained tokens (even if NaN there)."""
     return [np.where(m, np.asarray(r, dtype=np.float64), 0.0) for r, m in zip(process, masks, strict=True)]
 
 
 def token_means(process: Ragged, masks: Masks) -> Float64:
-    """m_i [B], 0 without trained tokens."""
+    """m_i [B], 0 if there are no trained tokens."""
     clean = only_trained(process, masks)
     return np.array([r.sum() / max(1, int(m.sum())) for r, m in zip(clean, masks, strict=True)], dtype=np.float64)
 
 
 def without_last_token(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards with 0 on the last trained token."""
+    """Process rewards, with 0 on the last trained token."""
     last = on_last_token(np.ones(len(masks)), masks)
     return [np.where(end > 0, 0.0, r) for r, end in zip(only_trained(process, masks), last, strict=True)]
 
@@ -77,8 +77,8 @@ def normalise(process: Ragged, masks: Masks, keep: Bool, how: Normaliser) -> Sca
     """Divide all process rewards of the global batch by one number; keep [B].
 
     global_max_return: largest |undiscounted process reward-to-go| over trained tokens of kept samples + 1e-6 (the
-    official batch norm, made global). global_std: their standard deviation (ddof 1) + 1e-6. none: 1. Without kept
-    tokens, or for all-zero rewards, the divisor is 1.
+    official batch norm, made global). global_std: their standard deviation (ddof 1) + 1e-6. none: 1. If no tokens are
+    kept, or all rewards are 0, the divisor is 1.
     """
     clean = only_trained(process, masks)
     if how == "none":
@@ -107,8 +107,8 @@ def rloo(
 
     strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K r_it
     - sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1). Outcome: o_i = a_i - mean of the
-    others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i. Samples alone in
-    their group get 0 and keep False.
+    others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i. A sample that is
+    alone in its group gets 0 and keep=False.
     """
     means = token_means(process, masks)
     baselined, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -139,7 +139,7 @@ def grpo(
 ) -> Terms:
     """Group z-scores for both halves (paper eq. 7): (r_it - mean_j m_j) / std_j m_j and (a_i - mean a) / std a.
 
-    The paper leaves `ddof` and `epsilon` open. An all-equal half gives 0.
+    The paper leaves `ddof` and `epsilon` open. A half whose values are all equal gives 0.
     """
     means = token_means(process, masks)
     scored, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -174,7 +174,7 @@ def reinforce(
 
 
 def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) -> list[Float64]:
-    """r_it, plus a_i on the last trained token; invalid: 0."""
+    """r_it, plus a_i on the last trained token; 0 if invalid."""
     ends = on_last_token(np.where(valid, outcome, 0.0), masks)
     summed = [r + end for r, end in zip(only_trained(process, masks), ends, strict=True)]
     return _drop(summed, valid)
@@ -209,7 +209,7 @@ def combine(
 
 
 def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
-    """Correlation of first return and number of trained tokens; NaN if either does not vary."""
+    """Correlation between first return and number of trained tokens; NaN if either does not vary."""
     chosen = [(g[m][0], m.sum()) for g, m, k in zip(returns, masks, keep, strict=True) if k and m.any()]
     first, length = np.array(chosen, dtype=np.float64).T if chosen else (np.zeros(0), np.zeros(0))
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(length) == 0:
@@ -218,7 +218,7 @@ def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
 
 
 def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
-    """Share of the summed |process reward| that is on last trained tokens; NaN if all are 0."""
+    """Share of the summed |process reward| that falls on last trained tokens; NaN if all are 0."""
     rows = [np.abs(r[m]) for r, m, k in zip(process, masks, keep, strict=True) if k and m.any()]
     total = sum(float(row.sum()) for row in rows)
     return sum(float(row[-1]) for row in rows) / total if total > 0 else float("nan")
@@ -256,7 +256,7 @@ def prime_rloo(
 ) -> Combined:
     """PRIME's whitened RLOO advantages. log_ratios ragged [T_i]; outcome, group, valid [B].
 
-    Raise ValueError for coefficients with `official` or `verl`, and for a discount with `verl`.
+    Raise ValueError if coefficients are set with `official` or `verl`, or a discount with `verl`.
     """
     if mode != "strict" and (process_coefficient, outcome_coefficient) != (1.0, 1.0):
         raise ValueError(f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient")

@@ -1,4 +1,4 @@
-"""Groups with other prompts, for passes that ask how likely responses are elsewhere."""
+"""Groups with other prompts, for passes that measure how likely responses are after them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlkit.experience import Group, Message, UserError
 
 
 def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt's first response after the next prompt: KTO's baseline is their mean score.
+    """Pair each prompt's first response with the next prompt; their mean score is KTO's baseline.
 
     Raise UserError for fewer than two prompts.
     """
@@ -28,7 +28,7 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
 
 
 def with_wish(group: Group, wish: str, render: Render) -> Group:
-    """The same responses after a prompt that ends with `wish`."""
+    """The same responses, after a prompt that ends with `wish`."""
     *before, last = group.prompt.messages
     messages = (*before, Message(last.role, f"{last.content}\n\n{wish}"))
     return replace(group, prompt=replace(group.prompt, messages=messages, token_ids=render(messages)))

@@ -1,8 +1,8 @@
-"""Returns and advantages of tokens: pure functions of ragged float64 arrays [T_i].
+"""Returns and advantages per token: pure functions of ragged float64 arrays [T_i].
 
-`masks` mark trained tokens. Gaps between them (of a tool or another speaker) are *bridged*: the token after a gap
-follows the one before it, with one discount. A reward on an unmarked token belongs to the last marked token before it;
-before the first one it is left out. Results are 0 on unmarked tokens.
+`masks` mark trained tokens. Gaps between them (from a tool or another speaker) are *bridged*: the token after a gap
+directly follows the one before it, with one discount. A reward on an unmarked token belongs to the last marked token
+before it; a reward before the first one is left out. Results are 0 on unmarked tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Credit(NamedTuple):
 
 
 class Whitened(NamedTuple):
-    """Values of mean 0 and variance 1 over marked tokens, with the removed moments."""
+    """Values with mean 0 and variance 1 over marked tokens, and the moments that were removed."""
 
     tokens: list[Float64]
     mean: float
@@ -37,7 +37,7 @@ def float64(arrays: Sequence[NDArray[np.floating]]) -> list[Float64]:
 
 
 def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: the value on the last marked token, 0 elsewhere."""
+    """values [B] -> ragged: each value on the last marked token, 0 elsewhere."""
     tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
     for value, row, mask in zip(values, tokens, masks, strict=True):
         if mask.any():
@@ -74,8 +74,8 @@ def turn_gae(
     e_k is turn k's last marked token, r_k its reward, R_k the sum of the rewards of the turn's tokens before it. Turns:
     delta_k = r_k + turn_gamma (R_{k+1} + V(e_{k+1})) - V(e_k), A_k = delta_k + turn_gamma lam A_{k+1}. Tokens: A_t =
     delta_t + gamma lam A_{t+1} within a turn, A_k at e_k. With gamma = lam = turn_gamma = 1, or one turn, it is `gae`.
-    ends ragged [T_i] marks e_k; the last marked token is one always. Others as in `gae`. RAGEN's code finds turns by
-    rewards that are not 0 and has no R_k; here a turn that earned 0 is one, and a KL penalty has its place.
+    ends ragged [T_i] marks e_k; the last marked token always counts as one. Other arguments as in `gae`. RAGEN's code
+    finds turns by non-zero rewards and has no R_k; here a turn that earned 0 counts too, and R_k holds the KL penalty.
     """
     acted, where = _actions(rewards, masks)
     critic = [_at(value, indices) for value, indices in zip(values, where, strict=True)]
@@ -100,8 +100,8 @@ def turn_gae(
 def whiten(values: Ragged, masks: Masks, keep: Bool, *, ddof: int = 1, epsilon: float = 1e-8) -> Whitened:
     """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *global* batch.
 
-    values ragged, keep [B]. Tokens weigh the same. Unmarked tokens and samples not kept are 0; for fewer than two
-    different values all are.
+    values ragged, keep [B]. All tokens have the same weight. Unmarked tokens and samples that are not kept get 0; with
+    fewer than two different values, all do.
     """
     chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
     flat = np.concatenate(chosen) if chosen else np.zeros(0)
@@ -139,7 +139,7 @@ def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool
 
 
 def _actions(rewards: Ragged, masks: Masks) -> tuple[list[Float64], list[NDArray[np.intp]]]:
-    """Per sample: rewards of marked tokens, each with those of the gap after it; their indices."""
+    """Per sample: the rewards of marked tokens, each including those of the gap after it, and the tokens' indices."""
     acted, where = [], []
     for reward, mask in zip(rewards, masks, strict=True):
         indices = np.flatnonzero(mask)

@@ -1,4 +1,4 @@
-"""Scores of whole responses from the log-probs of their tokens."""
+"""Scores of whole responses, computed from the log-probs of their tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GUIDE, BETTER, WORSE = "guide", "better", "worse"
-"""Names of passes that reach the loss per token."""
+"""Names of passes whose log-probs reach the loss per token."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a micro-batch's samples under log-probs [R]."""
+    """Scores of a micro-batch's samples from log-probs [R]."""
 
     inputs: LossInputs
     config: Any
@@ -32,7 +32,7 @@ class Scores:
         return links.sample_sums(rows, inputs.mask, inputs.sequence, inputs.num_sequences)
 
     def ratios(self, logprobs: Tensor) -> Tensor:
-        """[R] log pi - log pi_ref; log pi without a reference."""
+        """[R] log pi - log pi_ref; log pi if there is no reference."""
         if self.config.reference == "none":
             return logprobs
         base = self.inputs.old_logprobs if self.config.reference == "old" else self.inputs.reference_logprobs
@@ -45,7 +45,7 @@ class Scores:
         return total / self.lengths() if self.config.length_normalised else total
 
     def sides(self, logprobs: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
-        """[P] of chosen and of rejected responses."""
+        """[P] scores of chosen and of rejected responses."""
         config, inputs, ratios = self.config, self.inputs, self.ratios(logprobs)
         if config.guide is not None:
             as_chosen, as_rejected = links.tgdpo_weights(self.guide_ratios(), config.beta, config.guide_weight)
@@ -80,7 +80,7 @@ class Scores:
 
 
 def summed(rows: Sequence[FloatArray], masks: Sequence[Bool], normalised: bool = False) -> Float64:
-    """[B] sums or means over trained tokens; 0 without any."""
+    """[B] sums or means over trained tokens; 0 if there are none."""
     sums = [row[mask].sum(dtype=np.float64) for row, mask in zip(rows, masks, strict=True)]
     lengths = [max(1, int(mask.sum())) if normalised else 1 for mask in masks]
     return np.array(sums, np.float64) / np.array(lengths, np.float64)

@@ -1,4 +1,4 @@
-"""Best-of-N, votes, accuracies, calibration and ProcessBench (arXiv 2412.06559); numpy."""
+"""Best-of-N, voting, accuracies, calibration and ProcessBench (arXiv 2412.06559); numpy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def best_of_n(scores: Float64) -> int:
 
 
 def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
-    """Index of the first response with the answer of the largest summed weights [N]; ties go to the earlier answer.
+    """Index of the first response that gives the answer with the largest summed weights [N]; ties go to the earlier
+    answer.
 
-    An answer of None has no vote; if all are None, the first response is taken.
+    An answer of None gets no vote; if all are None, the first response wins.
     """
     totals: dict[Hashable, float] = {}
     for answer, weight in zip(answers, weights, strict=True):
@@ -42,7 +43,7 @@ def sigmoid(scores: Float64) -> Float64:
 
 
 def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int, ...]]:
-    """All subsets of n responses in ascending order, or `limit` random ones if there are more."""
+    """Yield all subsets of n responses in ascending order, or `limit` random ones if there are more."""
     if math.comb(responses, n) <= limit:
         yield from combinations(range(responses), n)
         return
@@ -52,10 +53,10 @@ def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int
 
 
 def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -> Float64:
-    """Per group with two valid samples: the share of (better, worse) pairs that `scores` order rightly.
+    """Per group with two valid samples: the share of (better, worse) pairs that `scores` order correctly.
 
     scores, labels, group, valid [B]; pairs are weighted by their labels' difference, equal scores count half. A group
-    without a difference counts 0.5, as in the official code.
+    whose labels are all equal counts 0.5, as in the official code.
     """
     shares = []
     for members in members_of_groups(valid, group):
@@ -67,7 +68,7 @@ def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -
 
 
 def sign_accuracy(scores: Float64, labels: Float64, valid: Bool) -> float:
-    """Share of valid samples with s > 0 for a label above 0.5 and s < 0 else; 0 is wrong. NaN without valid samples."""
+    """Share of valid samples with s > 0 for labels above 0.5, else s < 0; s = 0 is wrong. NaN without any."""
     if not valid.any():
         return float("nan")
     return float((scores[valid] * np.where(labels[valid] > 0.5, 1.0, -1.0) > 0).mean())
@@ -90,7 +91,7 @@ def expected_calibration_error(predicted: Float64, labels: Float64, bins: int = 
 
 
 NO_ERROR = -1
-"""Label and prediction of a response without a wrong step."""
+"""Label and prediction of a response with no wrong step."""
 _MOST_THRESHOLDS = 2000
 
 
@@ -98,9 +99,9 @@ _MOST_THRESHOLDS = 2000
 class ProcessBench:
     threshold: float
     error_accuracy: float
-    """Share of responses with a wrong step whose first one was predicted; NaN without such responses."""
+    """Share of responses with a wrong step whose first wrong step was predicted; NaN if there are none."""
     correct_accuracy: float
-    """Share of responses without a wrong step predicted as such; NaN without such responses."""
+    """Share of responses without a wrong step that were predicted as such; NaN if there are none."""
 
     @property
     def f1(self) -> float:
@@ -109,7 +110,7 @@ class ProcessBench:
 
 
 def first_errors(cumulative: Ragged, threshold: float) -> Int64:
-    """[B] first step k with sigma(c_k) < threshold, else -1; `cumulative` ragged [S_i]."""
+    """[B] the first step k with sigma(c_k) < threshold, else -1; `cumulative` ragged [S_i]."""
     first = []
     for row in cumulative:
         below = sigmoid(row) < threshold
@@ -118,15 +119,15 @@ def first_errors(cumulative: Ragged, threshold: float) -> Int64:
 
 
 def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> ProcessBench:
-    """labels [B]: first wrong step from 0, -1 for none."""
+    """Score the predictions; labels [B]: first wrong step, counted from 0, or -1 for none."""
     right = first_errors(cumulative, threshold) == labels
     wrong_step = labels != NO_ERROR
     return ProcessBench(threshold, _mean(right[wrong_step]), _mean(right[~wrong_step]))
 
 
 def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
-    """The highest F1 over thresholds halfway between neighbouring sigma(c), at most 2000, evenly thinned; ties: the
-    lowest."""
+    """The result with the highest F1 over thresholds halfway between neighbouring sigma(c), evenly thinned to at most
+    2000; ties go to the lowest."""
     values = np.unique(np.concatenate([sigmoid(row) for row in cumulative]))
     between: Sequence[float] = [float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]) + 1e-9]
     if len(between) > _MOST_THRESHOLDS:
@@ -146,7 +147,7 @@ def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
 
 
 def _prefix_minima(cumulative: Ragged) -> Float64:
-    """[B, longest] smallest sigma(c) so far, rows padded with their last value."""
+    """[B, longest] running minimum of sigma(c), rows padded with their last value."""
     longest = max(len(row) for row in cumulative)
     lowest = [np.minimum.accumulate(sigmoid(row)) for row in cumulative]
     return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])

@@ -1,7 +1,7 @@
 """Credit for the steps of responses, from their process rewards.
 
 A response's step rewards p are [S_i] in float64; several responses are ragged. `valid`, `group` [B]. Baselines are over
-a group's valid samples; where there are fewer than two of these, and for invalid samples, credit is 0.
+a group's valid samples. Credit is 0 for invalid samples and in groups with fewer than two valid ones.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Steps:
-    """What every algorithm sees of process rewards (`rlkit.experience.steps.process_rewards`)."""
+    """Process rewards as every algorithm sees them (`rlkit.experience.steps.process_rewards`)."""
 
     rewards: list[Float64]
     """Ragged [S_i]"""
     spans: Sequence[Int64]
-    """Per sample [S_i, 2]: response tokens [start, end) of each step, in order of their ends."""
+    """Per sample [S_i, 2]: response tokens [start, end) of each step, sorted by end."""
     trained: Masks
 
     @staticmethod
     def states(experience: Experience, spans: Sequence[Int64]) -> list[list[str | None]]:
-        """Ragged [S_i]: the state that the turn with a step's span was taken in; None: nobody says."""
+        """Ragged [S_i]: the state in which the turn with a step's span was taken; None if unknown."""
         samples = [sample for group in experience.groups for sample in group.samples]
         known = [{(span.start, span.end): span.data.get("state") for span in sample.spans} for sample in samples]
         return [[of.get((start, end)) for start, end in row.tolist()] for of, row in zip(known, spans, strict=True)]
 
     @classmethod
     def of(cls, experience: Experience, needed: bool = True) -> Steps:
-        """Raise ValueError if process rewards are `needed` and a valid score of a trained sample has none."""
+        """Collect the steps. Raise ValueError if process rewards are `needed` and a valid score of a trained sample has
+        none."""
         rows = [
             _steps_of(group, sample, score, needed) for group in experience.groups for sample, score in group.scored()
         ]
@@ -53,11 +54,11 @@ class Steps:
         return [count[spans[:, 1]] - count[spans[:, 0]] for count, spans in zip(counts, self.spans, strict=True)]
 
     def inside(self) -> list[Bool]:
-        """Ragged [T_i]: trained tokens of steps."""
+        """Ragged [T_i]: marks the trained tokens of steps."""
         return [row > 0 for row in self.over_tokens([np.ones(len(rewards)) for rewards in self.rewards])]
 
     def over_tokens(self, values: Ragged) -> list[Float64]:
-        """values [S_i] -> ragged [T_i]: a step's value on its trained tokens; a token of several is of the first."""
+        """values [S_i] -> ragged [T_i]: a step's value on its trained tokens; where steps overlap, the first one's."""
         rows = []
         for steps, spans, mask in zip(values, self.spans, self.trained, strict=True):
             lengths = (spans[:, 1] - spans[:, 0])[::-1]
@@ -69,7 +70,7 @@ class Steps:
         return rows
 
     def on_last_tokens(self) -> list[Float64]:
-        """Rewards as ragged [T_i], each on the last trained token up to its step's end; before the first it is lost."""
+        """Rewards as ragged [T_i], each on the last trained token up to its step's end; dropped if there is none."""
         rows = []
         for steps, spans, mask in zip(self.rewards, self.spans, self.trained, strict=True):
             row = np.zeros(len(mask), dtype=np.float64)
@@ -148,7 +149,7 @@ def min_form(
 
 
 def pooled_z(steps: Ragged, valid: Bool, group: Int64, *, ddof: int) -> list[Float64]:
-    """(p - mean) / (std + eps) over all steps of a group together; 0 where they are equal. Ragged [S_i]."""
+    """(p - mean) / (std + eps) over the pooled steps of a group; 0 if they are all equal. Ragged [S_i]."""
     scores = [np.zeros(len(row), dtype=np.float64) for row in steps]
     for members in members_of_groups(valid, group):
         pool = np.concatenate([steps[i] for i in members])
@@ -161,7 +162,8 @@ def pooled_z(steps: Ragged, valid: Bool, group: Int64, *, ddof: int) -> list[Flo
 def leave_one_out_to_go(steps: Ragged, valid: Bool, group: Int64, gamma: float = 1.0) -> list[Float64]:
     """Reward-to-go of step k minus the mean reward-to-go of the others' step k, which is 0 after their last step.
 
-    The baseline depends on k and the others alone, so it pays nobody for more or fewer steps. Ragged [S_i].
+    The baseline depends only on k and the other samples, so it does not reward having more or fewer steps. Ragged
+    [S_i].
     """
     credit = [np.zeros(len(row), dtype=np.float64) for row in steps]
     for members in members_of_groups(valid, group):
@@ -180,8 +182,8 @@ def minus_state_mean(
 ) -> tuple[list[Float64], float]:
     """GiGPO (arXiv 2505.10978 eq. 6, 7): returns minus the mean of the group's steps in the same state.
 
-    returns, states ragged [S_i]. The standard deviation has ddof 1. Second: the share of steps whose state the group
-    was in more than once; the others, and those in a state None, get 0.
+    returns, states ragged [S_i]. The standard deviation has ddof 1. The second result is the share of steps whose state
+    occurred more than once in the group; other steps, and those whose state is None, get 0.
     """
     relative = [np.zeros(len(row), dtype=np.float64) for row in returns]
     shared = total = 0
@@ -203,9 +205,9 @@ def minus_state_mean(
 
 
 def minus_position_mean(tokens: Ragged, masks: Masks, valid: Bool, group: Int64) -> list[Float64]:
-    """Each token minus the mean of the group's tokens at its place in the response, as in IGPO's code.
+    """Each token minus the mean of the group's tokens at the same position in the response, as in IGPO's code.
 
-    tokens, masks ragged [T_i] -> ragged [T_i], 0 on unmarked tokens, which enter no mean.
+    tokens, masks ragged [T_i] -> ragged [T_i], 0 on unmarked tokens, which are left out of the means.
     """
     relative = [np.zeros(len(row), dtype=np.float64) for row in tokens]
     for members in members_of_groups(valid, group):
@@ -216,7 +218,7 @@ def minus_position_mean(tokens: Ragged, masks: Masks, valid: Bool, group: Int64)
             counts[: len(tokens[i])] += masks[i]
         for i in members:
             excess[: len(tokens[i])] += np.where(masks[i], tokens[i] - some[: len(tokens[i])], 0.0)
-        means = some + excess / np.maximum(counts, 1.0)  # exact where all are equal
+        means = some + excess / np.maximum(counts, 1.0)  # exact if all are equal
         for i in members:
             relative[i] = np.where(masks[i], tokens[i] - means[: len(tokens[i])], 0.0)
     return relative

@@ -37,7 +37,7 @@ INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 
 
 def find_surrogate(name: str) -> Any:
-    """Raise ValueError (NotFoundError) for an unknown one."""
+    """Look up a surrogate. Raise ValueError (NotFoundError) if it is unknown."""
     if name in SURROGATES:
         return SURROGATES[name]
     if "." not in name:
@@ -51,7 +51,7 @@ def find_surrogate(name: str) -> Any:
 
 
 def surrogate_parameters(surrogate: Any) -> list[str]:
-    """Raise ValueError for one that cannot be supplied."""
+    """Names of the inputs that a surrogate takes. Raise ValueError if one of them cannot be supplied."""
     if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
         raise ValueError("is a class without __call__, which computes the loss")
     signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
@@ -66,7 +66,7 @@ def surrogate_parameters(surrogate: Any) -> list[str]:
 
 
 def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
-    """Raise ValueError if the options do not fit."""
+    """Create a surrogate. Raise ValueError if the options do not fit."""
     surrogate = find_surrogate(name)
     is_class, config, options = inspect.isclass(surrogate), getattr(surrogate, "Config", None), options or {}
     instance: Surrogate

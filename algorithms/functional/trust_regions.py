@@ -1,6 +1,6 @@
-"""Surrogates that bound an update by other means than a clipped token ratio: SAPO, GMPO, DPPO.
+"""Surrogates that bound an update by means other than a clipped token ratio: SAPO, GMPO, DPPO.
 
-Like `losses.py`: token losses [R] and where the bound binds [R], by methods of tensors only.
+As in `losses.py`, they return token losses [R] and where the bound binds [R], and use only tensor methods.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST_PROBABILITY = 1e-7
-"""Of the other tokens together, in a binary KL."""
+"""Lower bound on the probability of all other tokens together, in a binary KL."""
 
 
 class SAPO:
     """Soft adaptive policy optimisation (arXiv 2511.20347): -A (4 / T) sigmoid(T (ratio - 1)).
 
-    T is `positive_temperature` where A > 0, else `negative_temperature`. A ratio's gradient weighs 4 s (1 - s), s the
-    sigmoid: 1 at ratio 1, falling to 0 on both sides; "binds" where it is below 1/2. Use with aggregation
-    `sequence_mean_token_mean`.
+    T is `positive_temperature` where A > 0, else `negative_temperature`. A ratio's gradient has the weight 4 s (1 - s),
+    where s is the sigmoid: 1 at ratio 1, falling to 0 on both sides; "binds" where it is below 1/2. Use with
+    aggregation `sequence_mean_token_mean`.
     """
 
     class Config(Section):
         positive_temperature: float = Field(default=1.0, gt=0)
-        """Of tokens with a positive advantage."""
+        """Temperature of tokens with a positive advantage."""
         negative_temperature: float = Field(default=1.05, gt=0)
-        """Of the others; higher, for their updates spread over the whole vocabulary."""
+        """Temperature of the other tokens; higher, because their updates spread over the whole vocabulary."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -71,8 +71,8 @@ def gmpo_surrogate(
 class DPPO:
     """Divergence PPO (arXiv 2602.04879): -A ratio, without gradient where a token has left the trust region.
 
-    It has where the divergence of policy and sampler, of the sampled token against all others, exceeds `threshold` and
-    A points further out. The ratio is to the sampler, too, so that stale samples are weighted by it.
+    A token has left it if the divergence between policy and sampler (the sampled token against all others) exceeds
+    `threshold` and A pushes it further out. The ratio is to the sampler as well, so that it corrects for stale samples.
     """
 
     measures_from_sampler = True
@@ -83,7 +83,7 @@ class DPPO:
         threshold: float | None = Field(default=None, gt=0)
         """null: the authors' 0.15 for tv, 0.05 nats for kl."""
         largest_ratio: float = Field(default=20.0, gt=1)
-        """Ratios above it weigh as much as it."""
+        """Ratios above this are cut to it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

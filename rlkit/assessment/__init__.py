@@ -1,1 +1,1 @@
-"""What a finished model, or a finished run, is worth: `rlkit.evaluate`, `generate`, `rescore` and `chat`."""
+"""Evaluation of a finished model or run: `rlkit.evaluate`, `generate`, `rescore` and `chat`."""

@@ -1,4 +1,5 @@
-"""What reward benchmarks make of the rewards of responses; of other labelled answers, which pairs are in order."""
+"""Results of reward benchmarks from the rewards of responses; for other labelled answers, the share of pairs in
+order."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ class Standing:
     """Shares from 0 to 1."""
     questions: int
     left_out: int
-    """Questions of which a response has no reward."""
+    """Number of questions with a response that has no reward."""
 
 
 def labelled(rows: Iterable[Row], group: Group, evaluating: Evaluating) -> Iterator[dict[str, Any]]:
-    """Rows of recorded answers with what the data say of each, and the question's subset."""
+    """Yield the rows of recorded answers with the data's label of each, and the question's subset."""
     kind = evaluating.data.cls
     subset = group.prompt.columns.get(kind.subset) if issubclass(kind, Benchmark) else None
     labels = [score.value for _, score in group.scored()] if group.scores else [None] * len(group.samples)
@@ -34,7 +35,7 @@ def labelled(rows: Iterable[Row], group: Group, evaluating: Evaluating) -> Itera
 
 
 def standing(evaluating: Evaluating, rows: Sequence[Row]) -> Standing | None:
-    """None where nobody judges recorded answers that differ in their labels."""
+    """Compute the results; None unless a reward judges recorded answers whose labels differ."""
     if evaluating.kind != "recorded" or evaluating.judge is None:
         return None
     kind = evaluating.data.cls

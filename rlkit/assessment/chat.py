@@ -1,5 +1,5 @@
-"""A conversation with a checkpoint in the terminal, through transformers: one sequence gains nothing from vLLM, whose
-engine takes seconds and memory to start. Template and end tokens are those of training."""
+"""A conversation with a checkpoint in the terminal, through transformers: a single sequence gains nothing from vLLM,
+whose engine needs seconds and memory to start. The template and end tokens are those of training."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class ChatConfig(Section):
     system: str = ""
     """System prompt; empty: none."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """Sampling temperature; 0: the likeliest tokens."""
+    """Sampling temperature; 0: always the likeliest token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling."""
+    """Nucleus sampling: keep only the likeliest tokens with this total probability."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divides the logits of tokens that were there."""
+    """Divisor for the logits of tokens that have already occurred."""
     max_tokens: int = Field(default=512, ge=1)
-    """An answer is cut here."""
+    """Answers are cut off at this length."""
     seed: Seed | None = None
-    """Null: another answer each time."""
+    """Null: a different answer each time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -60,7 +60,7 @@ CHANGEABLE = ("temperature", "top_p", "top_k", "repetition_penalty", "max_tokens
 
 
 def read_options(words: Sequence[str], base: ChatConfig | None = None) -> ChatConfig:
-    """`KEY=VALUE` words, on top of `base`. Raises ConfigError."""
+    """Parse `KEY=VALUE` words, on top of `base`. Raises ConfigError."""
     typed: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -88,7 +88,7 @@ def _value(text: str) -> Any:
 
 
 def policy_folder(named: str) -> Path:
-    """Of a run (its newest checkpoint), a checkpoint or a model. Raises ConfigError."""
+    """Return the policy's folder for a run (its newest checkpoint), a checkpoint or a model. Raises ConfigError."""
     model = find_subject(named).model
     if not model:
         raise ConfigError([ConfigIssue(named, "is a run that has saved no checkpoint (trainer.save_every_steps)")])
@@ -132,14 +132,14 @@ class Chat:
         self.messages = [Message("system", system)] if system else []
 
     def prompt(self) -> str:
-        """What the model reads. Raises ConfigError where the template refuses the conversation."""
+        """Return the text that the model reads. Raises ConfigError if the template refuses the conversation."""
         (text,) = self.template.texts([self.messages], ask=True)
         if not isinstance(text, str):
             raise ConfigError([ConfigIssue("the chat template", text.reason)])
         return text
 
     def answer(self, question: str, stop: threading.Event) -> Iterator[str]:
-        """Pieces of the answer as they come, which then belongs to the conversation; `stop` ends it."""
+        """Yield pieces of the answer as they come, and then add the answer to the conversation; `stop` ends it."""
         import torch
         from transformers import StoppingCriteria, TextIteratorStreamer
 
@@ -187,7 +187,7 @@ class Chat:
 
 
 def sampling(config: ChatConfig) -> Mapping[str, Any]:
-    """As transformers' `generate` takes it."""
+    """Return the options for transformers' `generate`."""
     options: dict[str, Any] = {
         "max_new_tokens": config.max_tokens,
         "do_sample": config.temperature > 0,
@@ -199,7 +199,7 @@ def sampling(config: ChatConfig) -> Mapping[str, Any]:
 
 
 def talk(chat: Chat) -> None:
-    """Read lines until the end of the input."""
+    """Read and answer lines until the end of the input."""
     terminal = sys.stdin.isatty()
     print(f"{chat.folder}  (/help lists what else can be typed)")
     while True:
@@ -225,7 +225,7 @@ def talk(chat: Chat) -> None:
 
 def _speak(chat: Chat, line: str) -> None:
     stop = threading.Event()
-    # An exception would end the generator, and what it has said would be lost.
+    # An exception would end the generator and lose what it has produced.
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         for piece in chat.answer(line, stop):
@@ -236,7 +236,7 @@ def _speak(chat: Chat, line: str) -> None:
 
 
 def shown(text: str) -> str:
-    """Without control characters: a model's output must not steer the terminal."""
+    """Replace control characters, because a model's output must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""`rlkit.evaluate` and `rlkit.generate` from their arguments to an exit code."""
+"""Runs `rlkit.evaluate` and `rlkit.generate`, from their arguments to an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From arguments to a checked evaluation: the parts and options of a run, without those of training."""
+"""From arguments to a checked evaluation: the parts and options of a run, without those for training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rlkit.data.base import DataSource
 from rlkit.models.folder import ModelFolderError, check_model_folder
 
 Kind = Literal["engine", "endpoint", "recorded"]
-"""Who answers: vLLM engines started here, a server, or nobody: the data bring answers."""
+"""Who answers: vLLM engines started here, a server, or nobody, because the data bring answers."""
 JUDGES = Contract(Reward, RewardConfig, optional=True)
 USED: tuple[str, ...] = (
     *("seed", "run_dir", "resume", "dry_run", "run", "checkpoints", "evaluate", "model", "rollout", "cluster"),
@@ -37,13 +37,13 @@ USED: tuple[str, ...] = (
 )
 TIMES = ("trainer.step_timeout_seconds", "trainer.startup_timeout_seconds")
 OF_TRAINING = ("reward", "trainer", "evaluation", "buffer", "diagnostics", "tracking", "resume")
-"""Sections of a run's configuration that say nothing of its evaluation."""
+"""Sections of a run's configuration that do not apply to its evaluation."""
 UNWRITTEN = {"algorithm", "critic", "buffer", "diagnostics", "evaluation"}
 SETS = "evaluation.sets"
 SPELLED = {"policy=none": "rollout.source=data", "model=endpoint": "model=hf"}
-"""Another word for recorded answers; an endpoint is a model without a folder."""
+"""Aliases: policy=none means recorded answers, and an endpoint is a model without a folder."""
 LONGEST_SECONDS = 86400.0
-"""All answers of one model are one wait; the engines say how far they are."""
+"""Default limit: all answers of one model are a single wait, during which the engines report progress."""
 TO_ENDPOINT: tuple[str, ...] = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_response_tokens"),
     *("max_concurrent_samples", "sample_seeds"),
@@ -68,18 +68,18 @@ class Evaluating:
     data: Part
     environment: Part | None
     judge: Part | None
-    """Decides what an answer is worth."""
+    """Judges what an answer is worth."""
     chooser: Part | None
-    """Another reward, which chooses the best of k."""
+    """A second reward, which chooses the best of k."""
     policies: tuple[Policy, ...]
     sets: Mapping[str, HeldoutSet]
-    """Further questions by name: `evaluation.sets`."""
+    """Further sets of questions by name: `evaluation.sets`."""
     own_questions: bool
-    """Of a run: its held-out problems are asked, no other data."""
+    """Whether the questions are a run's held-out problems and no other data."""
     warnings: tuple[ConfigIssue, ...] = ()
 
     def source(self, name: str = OWN) -> DataSource:
-        """Of the questions, or of a further set."""
+        """Return the source of the questions, or of a further set."""
         environment, one = self.environment or Part(None, None), self.data_of(name)
         return make_source(one.cls, one.config, self.config.seed, environment.cls, environment.config)
 
@@ -87,17 +87,17 @@ class Evaluating:
         return Part(self.sets[name].source, self.sets[name].config) if name else self.data
 
     def section(self, part: Part) -> dict[str, Any]:
-        """A reward's configuration, as its workers take it."""
+        """Return a reward's configuration in the form its workers take."""
         return self.config.verifier if part is self.judge and self.config.verifier[TARGET] else self.config.reward
 
     @property
     def texts_suffice(self) -> bool:
-        """Whether recorded answers need no tokens."""
+        """Whether recorded answers can be judged without tokens."""
         parts = [part for part in (self.judge, self.chooser) if part is not None]
         return all(part.cls.traits(part.config).judges_texts for part in parts)
 
     def text(self, command: str = "evaluate") -> str:
-        """The folder's `config.yaml`, which `--config FILE` reads."""
+        """Return the content of the folder's `config.yaml`, which `--config FILE` reads."""
         head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.{command} --config THIS_FILE\n"
         return head + yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
@@ -108,7 +108,7 @@ class Evaluating:
 
 def load_evaluation(arguments: Sequence[str], file: Path | None = None, *, judged: bool = True) -> Evaluating:
     """Resolve a run, checkpoint or model and Hydra overrides, on top of a file or of the run's configuration. Raises
-    ConfigError with every problem. `judged`: there must be a reward; else there is none."""
+    ConfigError with every problem. `judged`: whether there must be a reward; if False there is none."""
     loading = _Loading(arguments, file, judged)
     loading.validate()
     loading.check()
@@ -133,7 +133,7 @@ class _Loading(Loading):
                 raise ConfigError([ConfigIssue(f"run={self.run}", f"is no folder of a run: there is no {file}")])
         groups = ("data", "verifier", "environment", "cluster", "rollout", "learner")
         chosen = {argument.partition("=")[0] for argument in others} & set(groups)
-        # What a run sampled for training says nothing here, and what is named takes the place of its own.
+        # A run's sections for training do not apply here, and what is named replaces the run's own.
         self.unread_sections = () if self.run is None else (*OF_TRAINING, *chosen)
         contracts = {**CONTRACTS, "reward": JUDGES, "verifier": JUDGES}
         words = [SPELLED.get(argument, argument) for argument in (*added, *others)]
@@ -175,7 +175,7 @@ class _Loading(Loading):
         return tree
 
     def _called(self, tree: dict[str, Any]) -> str:
-        """What is evaluated, on which data, in a folder's name."""
+        """Name a folder after what is evaluated and on which data."""
         path, model = tree["data"].get("path"), str(tree["model"].get("path"))
         data = Path(path).name.partition(".")[0] if isinstance(path, str) and path else self.sources.options["data"]
         if tree["rollout"].get("source") == "data":
@@ -193,7 +193,7 @@ class _Loading(Loading):
         return re.sub(r"[^\w.+-]+", "-", f"{'evaluate' if self.judged else 'generate'}_{what}_{data}")
 
     def _asks_its_own(self, tree: Mapping[str, Any]) -> bool:
-        """Whether the questions are a run's own. An evaluation's file does not say so: its data tell."""
+        """Whether the questions are a run's own. An evaluation's file does not record this; its data show it."""
         if {"data", f"data.{TARGET}", *(f"data.{key}" for key in ROWS)} & self.overrides.typed.keys():
             return False
         run = tree.get("run")
@@ -201,7 +201,7 @@ class _Loading(Loading):
         return self.run is not None or in_file
 
     def _as_in_the_run(self, tree: dict[str, Any]) -> None:
-        """Held-out answers are sampled as the run did it."""
+        """Sample held-out answers as the run did."""
         assert self.run is not None
         typed = self.overrides.typed.keys()
         tree["run"], tree["rollout"]["source"], tree["rollout"]["source_path"] = str(self.run), "policy", None
@@ -212,7 +212,7 @@ class _Loading(Loading):
                 tree["rollout"][name] = value
         if evaluation.get("greedy") and not {"evaluate.samples", "evaluate.greedy", "rollout.temperature"} & typed:
             tree["evaluate"] = {**tree.get("evaluate", {}), "samples": 0, "greedy": True}
-        if self.own_questions:  # other questions take the place of all of the run's
+        if self.own_questions:  # other questions replace all of the run's
             sets = tree["evaluation"].setdefault("sets", {})
             for name, section in (evaluation.get("sets") or {}).items():
                 sets[name] = {**section, **sets.get(name, {})}
@@ -254,7 +254,7 @@ class _Loading(Loading):
         environment = self.parts.get("environment", Part(None, None))
         try:
             return make_source(data.cls, data.config, self.available["seed"], environment.cls, environment.config)
-        except Exception as error:  # a constructor of the user's may raise anything
+        except Exception as error:  # a user's constructor may raise anything
             self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
             return None
 
@@ -285,7 +285,7 @@ class _Loading(Loading):
         for kind in ("reward", "verifier"):
             if kind in self.parts:
                 yield from self._judge_fits(kind, self.parts[kind], data)
-        if judge is not None and judge is not self.parts.get("verifier"):  # which the checks of a run look at
+        if judge is not None and judge is not self.parts.get("verifier"):  # which a run's checks cover
             yield from held_out_sets_are_usable(checked.get("sets", {}), judge)
         if judge is None:
             for name, source in checked.get("sets", {}).items():

@@ -1,4 +1,4 @@
-"""Answers of an OpenAI-compatible server: chat completions, one request for each answer."""
+"""Answers from an OpenAI-compatible server: chat completions, one request per answer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 TRIES = 6
 MOST_FAILURES = 20
-"""Requests in a row that may fail before the evaluation ends: the server is gone."""
+"""Consecutive requests that may fail before the evaluation ends, because the server is gone."""
 
 
 class EndpointError(UserError):
-    """The server cannot be asked; the message says why."""
+    """The server cannot be used; the message says why."""
 
 
 def address_problem(url: str) -> str | None:
@@ -52,7 +52,7 @@ def token_problem(url: str, variable: str) -> str | None:
 
 
 class Endpoint:
-    """Used from one event loop."""
+    """Must be used from a single event loop."""
 
     def __init__(self, config: EvaluateRun) -> None:
         model = config.model
@@ -61,9 +61,9 @@ class Endpoint:
         self.token = None if model.token_env is None else os.environ[model.token_env].strip()
         self.name = model.name
         self.lengths: dict[tuple[str, int], int] = {}
-        """(group, index of an answer) -> its tokens, as the server counts them."""
+        """(group, index of an answer) -> its number of tokens, as counted by the server."""
         self.failures: dict[tuple[str, int], str] = {}
-        """The same -> why there is none."""
+        """(group, index of an answer) -> why there is no answer."""
         most = config.rollout.max_concurrent_samples
         limits = Limits(attempts=TRIES, connect_seconds=CONNECT_SECONDS, concurrent=most)
         self._slots = asyncio.Semaphore(most)
@@ -71,7 +71,7 @@ class Endpoint:
         self._failures = 0
 
     async def start(self) -> None:
-        """Find the model's name. Raises EndpointError if nobody answers, or if there are several models."""
+        """Find the model's name. Raises EndpointError if there is no server, or if it has several models."""
         if self.name is not None:
             return
         try:
@@ -87,9 +87,9 @@ class Endpoint:
         self.name = names[0]
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
-        """Groups as they finish. An answer that the server does not give is empty, and among `failures`.
+        """Yield groups as they finish. An answer that the server fails to give is empty and listed in `failures`.
 
-        Raises EndpointError where it refuses requests, or gives no answer many times in a row.
+        Raises EndpointError if the server refuses requests, or fails to answer many times in a row.
         """
         tasks = [asyncio.ensure_future(self._group(request)) for request in requests]
         try:
@@ -110,7 +110,7 @@ class Endpoint:
     async def _answer(self, request: GroupRequest, index: int) -> Sample:
         fields = self._fields(request, index)
         try:
-            async with self._slots:  # the clock of an answer begins when it is asked for
+            async with self._slots:  # the time limit of an answer starts when it is requested
                 deadline = time.monotonic() + self.config.evaluate.answer_timeout_seconds
                 text, reason, length = await self._http.post(json_body(fields), deadline, _read)
             self._failures = 0
@@ -142,7 +142,7 @@ class Endpoint:
         if rollout.stop_texts:
             fields["stop"] = rollout.stop_texts
         if rollout.sample_seeds != "never":
-            fields["seed"] = sample_seed(request.seed, request.id, index) >> 32  # some servers take 31 bits
+            fields["seed"] = sample_seed(request.seed, request.id, index) >> 32  # some servers accept only 31 bits
         return fields
 
 
@@ -151,7 +151,7 @@ def _plain(message: Message) -> dict[str, str]:
 
 
 def _read(response: httpx.Response) -> tuple[str, FinishReason, int | None]:
-    """(text, finish reason, tokens)."""
+    """Return (text, finish reason, number of tokens)."""
     try:
         answer = response.json()
         choice = answer["choices"][0]

@@ -1,4 +1,4 @@
-"""Who judges answers: rewards in processes of their own, beside engines as Ray actors, else without Ray."""
+"""Judges of answers: rewards in separate processes, as Ray actors if engines run, otherwise without Ray."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ AT_ONCE = BatchLimits(samples=256, tokens=262144, queued_samples=2**62)
 
 
 class Judge(Protocol):
-    """A reward, ready to be asked."""
+    """A reward that can judge groups."""
 
     async def start(self) -> None: ...
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their scores; invalid ones, with a reason, where it failed."""
+        """Return the groups with their scores; where judging failed, these are invalid and have a reason."""
 
     async def close(self) -> None: ...
 
@@ -53,7 +53,7 @@ class LocalJudge:
 
 
 class Labels:
-    """Recorded answers bring their values."""
+    """A judge for recorded answers, which already have values."""
 
     async def start(self) -> None: ...
 
@@ -75,7 +75,7 @@ def local_judge(evaluating: Evaluating, part: Part | None) -> Judge:
 
 
 def actor_judges(evaluating: Evaluating, config: Any, logs: Path, placement: Any) -> list[Judge]:
-    """Ray actors of the judge and of the chooser, if there is one, placed one after the other."""
+    """Create Ray actors for the judge and for the chooser, if there is one, placed one after the other."""
     from rlkit.config.plan import gpu_shares
     from rlkit.serving.pool import RewardPool
 

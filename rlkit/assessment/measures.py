@@ -1,4 +1,4 @@
-"""From rows of answers to numbers: pure functions; the formulas are in `rlkit.experience.statistics`."""
+"""Computes numbers from rows of answers, in pure functions; the formulas are in `rlkit.experience.statistics`."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Line:
     step: int
     decoding: Decoding
     graded: bool
-    """Answers are right or wrong; else they have values of any size."""
+    """Whether answers are right or wrong; otherwise they have values of any size."""
     questions: Mapping[str, Answers]
-    """By the id of the question."""
+    """Answers by the id of their question."""
     set: str = OWN
-    """The set that they are of."""
+    """The set that the questions are from."""
 
     @property
     def rows(self) -> list[Row]:
         return [row for answers in self.questions.values() for row in answers]
 
     def value(self, row: Row) -> float:
-        """NaN: not judged."""
+        """Return the answer's value; NaN if it was not judged."""
         value = row.get("correct") if self.graded else row.get("verdict")
         if value is None and self.graded and row.get("unjudged") is None and "ended" in row:
-            return 0.0  # an episode that nobody calls a success, where others are
+            return 0.0  # an episode without a success mark, where others have one
         return math.nan if value is None else float(value)
 
     def judged(self) -> dict[str, tuple[Answers, Values]]:
-        """Question -> its judged answers with their values."""
+        """Return question -> its judged answers and their values."""
         found: dict[str, tuple[Answers, Values]] = {}
         for question, answers in self.questions.items():
             kept = [(row, value) for row in answers if not math.isnan(value := self.value(row))]
@@ -69,17 +69,17 @@ class Measured:
     mean: Estimate
     """avg@k: the mean of all k answers to a question, over questions."""
     of_k: Mapping[str, Mapping[int, Estimate]]
-    """`pass@`, `pass^`, `maj@`, `best@` (the largest value), `chosen@` (best of k by the reward) -> k -> estimate."""
+    """`pass@`, `pass^`, `maj@`, `best@` (largest value), `chosen@` (best of k by the reward) -> k -> estimate."""
     answers: int
     wrong: int
-    """Judged, and not right (graded answers below 1)."""
+    """Number judged and not right (graded answers below 1)."""
     left_out: int
-    """Not judged: in none of the means."""
+    """Number not judged, and so in none of the means."""
     length: Estimate | None
-    """Tokens; None where they were not counted."""
+    """Length in tokens; None if they were not counted."""
     truncated: float
     reward: Estimate | None
-    """Of the reward that chooses."""
+    """Reward by the chooser."""
 
     @property
     def area(self) -> str:
@@ -96,7 +96,7 @@ class Measured:
         return "".join(f"{step}/" for step in steps if step)
 
     def metrics(self) -> dict[str, float]:
-        """As rows of metrics.jsonl name them."""
+        """Return the metrics as rows of metrics.jsonl name them."""
         prefix = self._prefix
         estimates = {self.headline: self.mean}
         estimates |= {f"{prefix}{name}{k}": one for name, by_k in self.of_k.items() for k, one in by_k.items()}
@@ -117,8 +117,8 @@ class Measured:
 
 
 def lines_of(rows: Iterable[Row], name: str = OWN) -> list[Line]:
-    """Of a set, by step, sampled answers first. One kind of verdict for all: right or wrong where all judged answers
-    have it, or where some episode is a success or none."""
+    """Return the lines of a set, by step, sampled answers first. All use one kind of verdict: right or wrong if all
+    judged answers have it, or if any episode is marked as success or failure."""
     kept = [row for row in rows if row.get("kind") == "evaluation" and row.get("set", OWN) == name]
     judged = [row for row in kept if row.get("correct") is not None or row.get("verdict") is not None]
     graded = [row.get("correct") is not None for row in judged]
@@ -135,7 +135,7 @@ def lines_of(rows: Iterable[Row], name: str = OWN) -> list[Line]:
 
 
 def measured(line: Line, chooses: bool) -> Measured:
-    """`chooses`: a reward beside the judge chooses the best of k."""
+    """Compute a line's numbers; `chooses`: whether a reward besides the judge chooses the best of k."""
     judged, rows = line.judged(), line.rows
     values = [value for _, own in judged.values() for value in own.tolist()]
     lengths = _by_question(line, "length")
@@ -175,7 +175,7 @@ def _of_k(line: Line, judged: Mapping[str, tuple[Answers, Values]], chooses: boo
     for name, way in ways.items():
         for k in best_sizes(most):
             full = [(rows, values) for rows, values in judged.values() if len(values) >= k]
-            if name == "chosen@":  # an answer without a reward cannot be chosen among others
+            if name == "chosen@":  # an answer without a reward cannot be chosen
                 full = [(rows, values) for rows, values in full if all(r.get("reward") is not None for r in rows)]
             if full:
                 estimates = [way(rows, values, k) for rows, values in full]
@@ -184,7 +184,7 @@ def _of_k(line: Line, judged: Mapping[str, tuple[Answers, Values]], chooses: boo
 
 
 def _ballots(rows: Answers, values: Values, graded: bool) -> list[str | None]:
-    """What each answer says; right ones say the same however they spell it."""
+    """Return each answer's vote; right answers share one, however they are written."""
     return ["right" if graded and value == 1 else row.get("vote") for row, value in zip(rows, values, strict=True)]
 
 
@@ -193,7 +193,7 @@ def _rewards(rows: Answers) -> Values:
 
 
 def differences(first: Line, others: Sequence[Line]) -> list[tuple[Line, Difference]]:
-    """Of lines with answers to the same questions."""
+    """Compare lines on the questions that they share with the first."""
     before, found = first.means(), []
     for line in others:
         means, other = line.means(), changed(first, line)
@@ -204,7 +204,7 @@ def differences(first: Line, others: Sequence[Line]) -> list[tuple[Line, Differe
 
 
 def changed(first: Line, second: Line) -> set[str]:
-    """Ids under which the two lines answer different questions."""
+    """Ids that stand for different questions in the two lines."""
     one, two = (
         {question: rows[0].get(ASKS) for question, (rows, _) in line.judged().items()} for line in (first, second)
     )

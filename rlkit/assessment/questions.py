@@ -1,4 +1,4 @@
-"""What is asked, and recorded answers to it."""
+"""The questions, and recorded answers to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlkit.tracking.tracker import Tracker
 
 
 def load_questions(evaluating: Evaluating, tracker: Tracker) -> dict[str, Sequence[Prompt]]:
-    """By set: what the models are asked. Raises DataError."""
+    """Return the questions for the models, by set. Raises DataError."""
     asked = {OWN: _questions(evaluating, tracker, OWN)}
     for name in evaluating.sets:
         try:
@@ -34,7 +34,7 @@ def _key(name: str) -> str:
 
 
 def _questions(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[Prompt]:
-    """Rendered for the models that answer."""
+    """Render the questions for the models that answer."""
     config, problems = evaluating.config, _problems(evaluating, tracker, name)
     usable, bad = split_unusable(config.rollout.structured, problems)
     if evaluating.kind == "endpoint":
@@ -54,7 +54,7 @@ def _questions(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[
 
 
 def load_recorded(evaluating: Evaluating, tracker: Tracker) -> list[Group]:
-    """Groups with the data's answers, and scores by its labels where nobody else judges. Raises DataError."""
+    """Return groups with the data's answers; without a judge, scored by the data's labels. Raises DataError."""
     config, problems = evaluating.config, _problems(evaluating, tracker, OWN)
     bad: list[BadRow] = []
     if evaluating.texts_suffice:
@@ -75,7 +75,7 @@ def load_recorded(evaluating: Evaluating, tracker: Tracker) -> list[Group]:
 
 
 def data_hash(prompts: Sequence[Prompt]) -> str:
-    """Of what is asked and what is right, whatever model reads it."""
+    """Hash the questions and right answers, independently of the model that reads them."""
     digest = hashlib.sha256()
     for prompt in prompts:
         messages = [(message.role, message.content) for message in prompt.messages]
@@ -86,7 +86,7 @@ def data_hash(prompts: Sequence[Prompt]) -> str:
 
 def _problems(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[Problem]:
     source = evaluating.source(name)
-    # A run's held-out problems; of other data all that are named.
+    # A run's held-out problems; for other data, all rows that are named.
     own = evaluating.own_questions and name == OWN
     problems, bad = source.load("heldout") if own else source.load_set()
     for note in source.notes():
@@ -124,7 +124,7 @@ def _as_text(problem: Problem) -> Prompt:
 
 
 def _texts(group_id: str, problem: Problem) -> Group:
-    """A demonstration is the last message of what follows the question."""
+    """Make a group of the answers as texts; a demonstration is the last message of what follows the question."""
     texts = [response.messages[-1].content for response in problem.responses] or list(problem.references)
     group = text_group(group_id, _as_text(problem), texts)
     values = [response.value for response in problem.responses] or [1.0] * len(texts)

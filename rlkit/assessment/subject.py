@@ -1,4 +1,4 @@
-"""What a command is about: a run, one of its checkpoints, or a model's folder, each by one word."""
+"""Finds what a command is about: a run, one of its checkpoints, or a model's folder, each given by one word."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rlkit.models.folder import PREFIX
 @dataclass(frozen=True)
 class Subject:
     run: Path | None
-    """None: a model of no run."""
+    """None: a model that belongs to no run."""
     step: int | None
-    """Of a checkpoint; None: the whole run, or a model."""
+    """Step of a checkpoint; None: the whole run, or a model."""
     model: str
-    """Folder of a checkpoint or a model; of a run that of its newest checkpoint, empty if it has none."""
+    """Folder of a checkpoint or a model; for a run, that of its newest checkpoint, or empty if it has none."""
 
     def overrides(self) -> list[str]:
-        """As the arguments of an evaluation say it."""
+        """Return the arguments of an evaluation that name the subject."""
         if self.run is None:
             return ["model=hf", f"model.path={quoted(self.model)}"]
         return [f"run={quoted(str(self.run))}", *([] if self.step is None else [f"checkpoints=[{self.step}]"])]
 
 
 def find_subject(named: str) -> Subject:
-    """Raises ConfigError for a word that names none of them."""
+    """Find the subject. Raises ConfigError for a word that names none."""
     path = Path(named).expanduser()
     if named.startswith(PREFIX):
         return Subject(None, None, named)
@@ -53,13 +53,13 @@ def find_subject(named: str) -> Subject:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Its configuration; nothing if there is none."""
+    """Return the run's configuration; empty if there is none."""
     file = run / "config.yaml"
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
 def _is_policy(path: Path) -> bool:
-    """Of a checkpoint: RUN/checkpoints/step_000060/policy."""
+    """Whether the folder is a checkpoint's policy: RUN/checkpoints/step_000060/policy."""
     return path.name == "policy" and path.parent.name.startswith("step_")
 
 

@@ -48,7 +48,8 @@ class SavedRun(Protocol):
 
 @dataclass
 class Checkpointer:
-    """For use between two steps, when nothing of the next has begun (or, with staleness, may be asked for again)."""
+    """For use between two steps, when no work for the next has begun (or, with staleness, only work that can be
+    requested again)."""
 
     config: RunConfig
     folder: RunFolder
@@ -57,8 +58,8 @@ class Checkpointer:
     async def save(self, step: int, run: SavedRun, best: float | None) -> None:
         """Write what `checkpoints/step_NNNNNN` holds; sync, seal, rename and prune in the background.
 
-        `best`: latest value of the metric by which checkpoints are compared. Raises DiskFullError, and what failed in
-        sealing the checkpoint before.
+        `best`: latest value of the metric by which checkpoints are compared. Raises DiskFullError, and any error from
+        sealing the previous checkpoint.
         """
         await self.finish()
         needed = await run.learner.checkpoint_bytes()
@@ -77,23 +78,23 @@ class Checkpointer:
         self._sealing = asyncio.create_task(self._seal(step, needed, staged, about, required, written))
 
     def check(self) -> None:
-        """Raise what failed in the background."""
+        """Raise any error from the background task."""
         if self._sealing is not None and self._sealing.done():
             sealing, self._sealing = self._sealing, None
             sealing.result()
 
     async def finish(self) -> None:
-        """Wait until the checkpoint saved last is sealed; raise what failed."""
+        """Wait until the last saved checkpoint is sealed; raise any error."""
         if self._sealing is not None:
             await asyncio.wait([self._sealing])
         self.check()
 
     async def _write(self, staged: Path, run: SavedRun) -> tuple[list[str], list[WrittenFile]]:
-        """Return the names of files that must be there, and those that were hashed while they were written."""
+        """Return the names of the required files, and the files that were hashed while they were written."""
         producer, buffer = run.producer.state_dict(), run.buffer.state_dict()
         ready = {group.id for group in buffer["ready"]}
         producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
-        # Data columns may be anything; they come back from the data.
+        # Data columns may hold anything; they are restored from the data.
         buffer["ready"] = [replace(group, prompt=replace(group.prompt, columns={})) for group in buffer["ready"]]
         weights = await run.learner.policy.save(staged / "policy")
         counters, states = await run.learner.save_state(staged)
@@ -128,19 +129,20 @@ class Checkpointer:
             raise
 
     async def _give_up(self, step: int, needed: int, error: Exception) -> None:
-        """Remove what was written. Raises DiskFullError if that was the reason."""
+        """Remove what was written. Raises DiskFullError if a full disk was the reason."""
         full = disk_full(self.folder.checkpoints, step, needed) if is_disk_full(error) else None
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         if full is not None:
             raise full from error
 
     def _too_old(self, group: Group) -> bool:
-        """For the step it was sampled for, where `trainer.max_staleness` was larger."""
+        """Whether the group is too stale for the step it was sampled for, because `trainer.max_staleness` was larger
+        then."""
         oldest = min(sample.policy_versions[0] for sample in group.samples)
         return self.config.rollout.source == "policy" and group.step - 1 - oldest > self.config.trainer.max_staleness
 
     async def restore(self, checkpoint: Sealed, run: SavedRun) -> None:
-        """Restore all freshly started parts. Raises DataError if the data are not the checkpoint's."""
+        """Restore all freshly started parts. Raises DataError if the data differ from the checkpoint's."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         state: dict[str, Any] = from_json(checkpoint.run_state)
         prompts = run.producer.order.named({group.prompt.id for group in state["buffer"]["ready"]})
@@ -153,7 +155,7 @@ class Checkpointer:
         run.producer.ask_again([(group.id, group.prompt.id) for group in old], checkpoint.step + 1)
         await run.learner.load_state(checkpoint.path, state["learner"])
         await run.reward.load_state(checkpoint.path / REWARD_STATE)
-        # Only now, when nothing can refuse any more, is anything of the folder changed.
+        # The folder is only changed now, when nothing can fail any more.
         if checkpoint.path.parent == self.folder.checkpoints:
             self.folder.keep_only(state["files"], checkpoint.step)
             await asyncio.to_thread(set_aside_after, self.folder.checkpoints, checkpoint.step)

@@ -1,6 +1,7 @@
-"""A checkpoint on disk: written aside, synced, sealed with a manifest, renamed; then old ones are pruned.
+"""A checkpoint on disk: written to a partial folder, synced, sealed with a manifest and renamed; then old ones are
+pruned.
 
-`step_NNNNNN` is always whole; an interrupted write leaves `.step_NNNNNN.partial`.
+`step_NNNNNN` is always complete; an interrupted write leaves `.step_NNNNNN.partial`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, RUN_STATE = "manifest.json", "run.json"
 RUN_CONFIG = "run.yaml"
-"""For `--config`: the configuration that it was made with. Older checkpoints have none."""
+"""The configuration of the run that wrote it, for `--config`. Older checkpoints have none."""
 CHUNK = 2**22
 
 
 class BadCheckpointError(UserError):
-    """A folder is not a whole checkpoint; the message says why."""
+    """A folder is not a complete checkpoint; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DiskFullError(UserError): ...
 
 
 def stage(checkpoints: Path, step: int, needed: int = 0) -> Path:
-    """An empty folder for the checkpoint of `step`. Removes the remains of interrupted writes.
+    """Create an empty folder for the checkpoint of `step`, and remove the remains of interrupted writes.
 
     Raises DiskFullError if there is no room for `needed` bytes.
     """
@@ -75,11 +76,11 @@ def disk_full(checkpoints: Path, step: int, needed: int) -> DiskFullError:
 
 
 SAID_BY_LIBRARIES = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
-"""Of safetensors, and of torch.save, which names no reason."""
+"""Messages of safetensors, and of torch.save, which gives no reason."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Also of an actor's error, whose cause Ray keeps in `cause`."""
+    """Whether the disk is full, also if an actor's error says so, whose cause Ray keeps in `cause`."""
     errors = [error, getattr(error, "cause", None)]
     return any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in errors) or any(
         words in str(one) for one in errors for words in SAID_BY_LIBRARIES
@@ -87,7 +88,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def remove_partial(checkpoints: Path) -> None:
-    """Remove the remains of interrupted writes. A checkpoint whose successor did not take its place has it back."""
+    """Remove the remains of interrupted writes. A checkpoint is put back if its replacement did not take its place."""
     for leftover in checkpoints.glob(".step_*"):
         place = checkpoints / leftover.stem[1:]
         if leftover.suffix == ".replaced" and not place.exists():
@@ -99,10 +100,10 @@ def remove_partial(checkpoints: Path) -> None:
 def seal(
     staged: Path, about: Mapping[str, Any], required: Sequence[str] = (), written: Sequence[WrittenFile] = ()
 ) -> Sealed:
-    """Sync, write the manifest (`about`, sizes, hashes), rename.
+    """Sync the files, write the manifest (`about`, sizes, hashes) and rename the folder.
 
     `written` are files that were hashed while they were written; the others are read. Raises BadCheckpointError if a
-    required file is missing or a written one has another size.
+    required file is missing or a written one has a different size.
     """
     hashed = {file.path: file for file in written}
     absent = [
@@ -131,7 +132,7 @@ def seal(
     for folder in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
         _sync(folder)
     final = staged.parent / f"step_{int(about['step']):06d}"
-    if final.exists():  # of a run that was resumed from before it
+    if final.exists():  # left by a run that was resumed from an earlier step
         doomed = staged.parent / f".{final.name}.replaced"
         final.rename(doomed)
         staged.rename(final)
@@ -143,7 +144,7 @@ def seal(
 
 
 def open_checkpoint(folder: Path) -> Sealed:
-    """Check every byte of a folder against its manifest. Raises BadCheckpointError."""
+    """Open a checkpoint, checking every byte against its manifest. Raises BadCheckpointError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,13 +165,13 @@ def open_checkpoint(folder: Path) -> Sealed:
 
 
 def sealed_folders(checkpoints: Path) -> list[Path]:
-    """Folders with a checkpoint's name, newest first; not checked."""
+    """Folders named like a checkpoint, newest first; not checked."""
     folders = [path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
     return sorted(folders, key=lambda path: -int(path.name[5:]))
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: they must not outlive the new ones."""
+    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`, so that they do not outlive the new ones."""
     for folder in sealed_folders(checkpoints):
         if int(folder.name[5:]) > step:
             aside = folder.with_name(f"abandoned_{folder.name}")
@@ -180,15 +181,15 @@ def set_aside_after(checkpoints: Path, step: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` and the best by the manifest's `best` (the earliest of equals); return the
-    removed."""
+    """Remove all checkpoints but the newest `keep` and the best by the manifest's `best` (the earliest if equal);
+    return the removed ones."""
     folders = sealed_folders(checkpoints)
     values = {}
     for folder in folders:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # not ours to judge here; it is never the best
+            continue  # not judged here, but never the best
         best = manifest.get("best")
         if best is not None and math.isfinite(best):
             values[folder] = float(best)
@@ -197,7 +198,7 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
     gone = [folder for folder in folders if folder not in kept]
     for folder in gone:
         doomed = folder.with_name(f".{folder.name}.pruned")
-        folder.rename(doomed)  # never half a checkpoint under a checkpoint's name
+        folder.rename(doomed)  # so that no checkpoint's name ever stands for half a checkpoint
         shutil.rmtree(doomed)
     return gone
 
@@ -211,7 +212,7 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """A file or a folder, whoever wrote it."""
+    """Sync a file or a folder, whichever process wrote it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

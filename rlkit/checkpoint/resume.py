@@ -1,4 +1,4 @@
-"""Where a run resumes: the newest whole checkpoint, and whether it belongs to this configuration."""
+"""Where a run resumes: the newest complete checkpoint, and whether it belongs to this configuration."""
 
 from __future__ import annotations
 
@@ -34,23 +34,22 @@ RESOLVED = (
     "algorithm.overlong_max_tokens",
     "algorithm.constant_length",
 )
-"""Keys whose default follows from another one that may change: `trainer.max_staleness`, `rollout.max_response_tokens`.
-"""
+"""Keys whose default depends on a key that may change: `trainer.max_staleness`, `rollout.max_response_tokens`."""
 _WEIGHT = re.compile(r"data\.sources\.\w+\.weight")
 FREE = ("run_dir", "resume", "dry_run", "tracking")
-"""Keys and sections whose change is not reported."""
+"""Keys and sections whose changes are not reported."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
     checkpoint: Sealed
     notices: tuple[str, ...]
-    """What was skipped, and what differs although it may."""
+    """Checkpoints that were skipped, and permitted differences."""
     same_run: bool
-    """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
+    """Whether the checkpoint is in this run's own folder, whose metrics and samples are then continued."""
 
     def nothing_left(self, total_steps: int) -> str | None:
-        """A message, if the checkpoint has all steps, and the last evaluation where there were any."""
+        """A message if the checkpoint has all steps, and the last evaluation if the run had any; else None."""
         step = self.checkpoint.step
         if step < total_steps or self._lacks_its_evaluation():
             return None
@@ -66,9 +65,9 @@ class ResumePoint:
 
 
 def find_resume(config: RunConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` asks for; None for a new run.
+    """Find the checkpoint that `resume` asks for; None for a new run.
 
-    Raises ConfigError if there is none, or for another model, data or algorithm.
+    Raises ConfigError if there is none, or if its model, data or algorithm differ.
     """
     if config.resume == "never":
         return None
@@ -83,7 +82,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         return None
     differences = _differences(checkpoint, config)
     _refuse_another_run(checkpoint, config, differences)
-    # The data say how many steps epochs are.
+    # The number of steps per epoch follows from the data.
     counted = () if config.trainer.total_epochs is None else ("trainer.total_steps",)
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
@@ -107,7 +106,7 @@ def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
 
 
 def _named(path: Path) -> tuple[Sealed, list[str]]:
-    """A checkpoint's own folder, or a run's folder, of which the newest is used."""
+    """Open a checkpoint's own folder, or the newest one in a run's folder."""
     where = f"resume={path}"
     if not path.is_dir():
         raise ConfigError([ConfigIssue(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
@@ -147,7 +146,7 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
 def _own_configuration(checkpoint: Sealed) -> str:
     run, file = checkpoint.path.parent.parent, checkpoint.path / RUN_CONFIG
     if not file.is_file():
-        file = run / "config.yaml"  # of the run's last start
+        file = run / "config.yaml"  # from the run's last start
     return f"run_dir={shlex.quote(str(run))} --config {shlex.quote(str(file))} resume=auto"
 
 
@@ -160,9 +159,9 @@ def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
 
 
 def _differences(checkpoint: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(full key, the checkpoint's value, the run's) of every leaf that differs.
+    """Return (full key, the checkpoint's value, the run's) for every leaf that differs.
 
-    A part that the checkpoint is too old to know was the default one.
+    A part that the checkpoint is too old to have counts as the default one.
     """
     old, new = with_present_targets(checkpoint.manifest["config"]), plain(config)
     added = {kind: default_part(kind) for kind in CONTRACTS if kind not in old}

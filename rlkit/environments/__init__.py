@@ -1,1 +1,1 @@
-"""Worlds that answer the policy: the contract, tools, games, and adapters."""
+"""Worlds that respond to the policy: the contract, tools, games, and adapters."""

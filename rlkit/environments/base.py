@@ -1,4 +1,4 @@
-"""The contract of an environment: what the policy talks to, turn by turn, and what it earns."""
+"""The contract of an environment: what the policy interacts with, turn by turn, and what it earns."""
 
 from __future__ import annotations
 
@@ -15,44 +15,46 @@ from rlkit.experience.section import Deadline, Section
 
 
 class EnvironmentConfig(Section):
-    """Fields of every environment; one nests a subclass as `Config`."""
+    """Fields of every environment; an environment nests a subclass as `Config`."""
 
     max_turns: int = Field(default=8, ge=1)
-    """Turns of the policy in an episode."""
+    """Maximum turns of the policy in an episode."""
     max_turn_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of one turn; null: what `rollout.max_response_tokens`, which holds for the whole episode with its
-    observations, leaves."""
+    """Tokens of one turn; null: what is left of `rollout.max_response_tokens`, which covers the whole episode with its
+    observations."""
     max_observation_tokens: int = Field(default=512, ge=8)
-    """Of a longer message of the environment the middle is cut out, and the text says so. Each tool that a turn calls
-    answers in a message of its own."""
+    """Longer messages of the environment are cut in the middle, with a note in the text. Each tool that a turn calls
+    answers in a separate message."""
     step_timeout_seconds: Deadline = 30.0
-    """placement=worker: a `reset` or `step` that takes longer costs the worker process, which is replaced."""
+    """placement=worker: if a `reset` or `step` takes longer, its worker process is killed and replaced."""
     retries: int = Field(default=1, ge=0)
-    """Times an episode begins again, with the same seeds, after the environment failed; then its sample is invalid."""
+    """How often an episode is restarted, with the same seeds, after the environment failed; then its sample is
+    invalid."""
     placement: Literal["inline", "worker"] = "worker"
     """inline: in the rollout worker itself, for environments that take microseconds and cannot hang; worker: in
-    processes beside it, which can be killed."""
+    separate processes, which can be killed."""
     workers: int = Field(default=1, ge=1)
     """placement=worker: processes per rollout worker."""
     concurrency: int = Field(default=64, ge=1)
     """placement=worker: open episodes per process."""
     history: Literal["append", "rerender"] = "append"
-    """append: a turn goes on behind all tokens before it; a chat template that rewrites earlier turns (that drops their
-    thinking) is refused. rerender: it goes on behind what the template makes of the whole conversation; where that does
-    not begin with the tokens before, the turns from there on are a row of their own in training."""
+    """append: each turn continues from all tokens so far; a chat template that rewrites earlier turns (for example
+    drops their thinking) is refused. rerender: each turn continues from what the template makes of the whole
+    conversation; where that does not begin with the tokens so far, the turns from there on form a separate row in
+    training."""
     new_weights: Literal["go_on", "park"] = "go_on"
-    """max_staleness above 0: go_on: a turn that is being sampled when new weights come goes on with them; park: weights
-    wait for the turns that are being sampled, and turns that come meanwhile wait for the weights, so that every turn is
-    one policy's."""
+    """max_staleness above 0: go_on: a turn that is being sampled when new weights arrive continues with them; park:
+    weights wait for the turns being sampled, and turns that come meanwhile wait for the weights, so that every turn
+    comes from one policy."""
     calls: str = "auto"
-    """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
+    """How the policy writes tool calls: hermes, llama, mistral, tags; auto: as the chat template does."""
     max_parallel_calls: int = Field(default=1, ge=1)
-    """Calls that one turn may make; the policy is told about further ones."""
+    """Calls that one turn may make; further ones get an error message."""
 
 
 @dataclass(frozen=True)
 class EnvironmentNeeds:
-    """What every problem of the data must bring."""
+    """What the data must have for every problem."""
 
     answer: bool = False
     references: bool = False
@@ -75,12 +77,12 @@ class Action:
     """A turn of the policy."""
 
     text: str
-    """Without its calls."""
+    """The text without the calls."""
     calls: tuple[ToolCall, ...] = ()
     turn: int = 0
-    """From 0."""
+    """Number of the turn, from 0."""
     last: bool = False
-    """No turn is left after this one."""
+    """Whether no turn is left after this one."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,32 @@ class Step:
     """The environment's answer to a turn."""
 
     observation: str | Message | Sequence[Message] = ()
-    """A text is a user's message, or, from a tool, the tool's."""
+    """A text is a user message or, from a tool, a tool message."""
     reward: float = 0.0
     done: bool = False
     success: bool | None = None
     state: str | None = None
-    """Names the state the turn was taken in, equal for equal states: for baselines over states."""
+    """Names the state in which the turn was taken, the same for equal states: for baselines over states."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class EnvironmentFailure(Exception):
-    """The environment cannot go on (a server is away, a file is gone). The episode begins again, then its sample is
-    invalid. Other exceptions of `reset`, `step` and `final` count as one; a tool's are for the policy to read."""
+    """The environment cannot continue (a server is away, a file is gone). The episode is restarted up to `retries`
+    times; then its sample is invalid. Other exceptions of `reset`, `step` and `final` count as this one; a tool's are
+    shown to the policy."""
 
 
 @dataclass(frozen=True)
 class EnvironmentContext:
     tools: tuple[Tool, ...] = ()
-    """What the policy may call."""
+    """Tools that the policy may call."""
     shared: Any = None
     """What `prepare` returned in this process."""
 
 
 class Environment:
-    """One object per episode. `reset`, `step`, `final`, `close` and tools may be coroutines (`async def`)."""
+    """Base class, with one object per episode. `reset`, `step`, `final`, `close` and tools may be coroutines (`async
+    def`)."""
 
     Config: ClassVar[type[EnvironmentConfig]] = EnvironmentConfig
 
@@ -125,43 +129,45 @@ class Environment:
 
     @classmethod
     def deterministic(cls, config: Any) -> bool:
-        """Answers depend on task, seed and actions alone; else a resumed run is not bit-equal, and says so."""
+        """Whether answers depend only on task, seed and actions; if not, a resumed run is not bit-equal, and says
+        so."""
         return True
 
     @classmethod
     def gives_rewards(cls, config: Any) -> bool:
-        """Its steps may have other rewards than 0; else `reward=environment` is refused."""
+        """Whether its steps may have rewards other than 0; if not, `reward=environment` is refused."""
         return True
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Cheap checks before a run, without heavy imports: messages for the user."""
+        """Return messages for the user from cheap checks before a run, without heavy imports."""
         return []
 
     @classmethod
     def tasks(cls, config: Any, split: Literal["train", "heldout"], seed: int) -> Sequence[Task] | None:
-        """Problems that it brings itself, for `data=environment`; None: it takes those of the data."""
+        """Return problems that the environment brings itself, for `data=environment`; None: it takes those of the
+        data."""
         return None
 
     @classmethod
     def prepare(cls, config: Any) -> Any:
-        """Called once per process: indices, sandboxes, connections; may be `async def`. Raises UserError."""
+        """Prepare indices, sandboxes or connections; called once per process, may be `async def`. Raises UserError."""
         return None
 
     @classmethod
     def tools(cls, config: Any, shared: Any) -> tuple[Tool, ...]:
-        """Its methods marked `@tool`; the same in every process."""
+        """Return the tools, by default the methods marked `@tool`; the same in every process."""
         return tools_of(cls)
 
     def reset(self, task: Task, seed: int) -> Any:
-        """Return what the policy reads first, behind the task's messages: a text (a user's message), messages, or None.
+        """Return what the policy reads first, after the task's messages: a text (a user message), messages, or None.
 
-        All samples of a group get the same task and seed, and must read the same.
+        All samples of a group get the same task and seed, and must get the same messages.
         """
         return None
 
     def step(self, action: Action) -> Any:
-        """Return a Step. Without an override: run the called tools; a turn without a call is `final`."""
+        """Return a Step. By default, run the called tools; a turn without a call goes to `final`."""
         return self.run_tools(action) if action.calls else self.final(action)
 
     def final(self, action: Action) -> Any:
@@ -169,11 +175,12 @@ class Environment:
         return Step(done=True)
 
     def close(self) -> Any:
-        """Called once, also after a failure."""
+        """Release resources; called once, also after a failure."""
         return None
 
     async def run_tools(self, action: Action) -> Step:
-        """The tools' answers as one Step: rewards add up, `done` and `success` hold if one says so."""
+        """Run the called tools and return their answers as one Step: rewards add up, `done` holds if any says so, and
+        `success` is the last verdict."""
         steps: list[Step] = []
         messages: list[Message] = []
         for number, call in enumerate(action.calls):
@@ -213,18 +220,18 @@ class Environment:
         return answer if isinstance(answer, Step) else Step(answer if isinstance(answer, str) else str(answer))
 
     def call(self, call: ToolCall) -> Any:
-        """Run a tool whose arguments fit; override it where tools are not methods."""
+        """Run a tool with valid arguments; override it if tools are not methods."""
         method: Callable[..., Any] = getattr(self, call.name)
         return method(**call.arguments)
 
 
 async def settled(value: Any) -> Any:
-    """The value, awaited if it must be."""
+    """Return the value, awaited if necessary."""
     return await value if inspect.isawaitable(value) else value
 
 
 def first_messages(task: Task, opening: Any) -> tuple[Message, ...]:
-    """The conversation that an episode begins with: the task's messages and what `reset` returned."""
+    """Return the conversation at the start of an episode: the task's messages and what `reset` returned."""
     return (*task.messages, *as_messages(opening))
 
 

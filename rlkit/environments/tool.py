@@ -1,4 +1,4 @@
-"""Tools: methods that the policy may call, with the schema that their signature and docstring give."""
+"""Tools: methods that the policy may call, with a schema from their signature and docstring."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Tool:
     parameters: Mapping[str, Any]
     """JSON schema of its arguments."""
     check: Callable[[Mapping[str, Any]], str] | None = None
-    """What is wrong with these arguments, or nothing; None: whoever runs the tool says it."""
+    """Returns what is wrong with the arguments, or an empty text; None: whatever runs the tool checks them."""
 
     def schema(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """Return the schema in the form that chat templates take."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
@@ -35,11 +35,11 @@ class Tool:
 
 
 class ToolsChangedError(UserError):
-    """Tools are not those any more that the run's prompts describe; it ends the run."""
+    """The tools are no longer those that the run's prompts describe; this ends the run."""
 
 
 def changes(before: Sequence[Tool], after: Sequence[Tool]) -> str:
-    """What is different, or nothing.
+    """Describe the differences; empty if there are none.
 
     >>> add, mul = Tool("add", "Add.", {}), Tool("mul", "Multiply.", {})
     >>> changes([add], [mul]), changes([add], [Tool("add", "Sum.", {})]), changes([add], [add])
@@ -59,18 +59,19 @@ def changes(before: Sequence[Tool], after: Sequence[Tool]) -> str:
 
 
 def tool(method: F) -> F:
-    """Let the policy call this method.
+    """Mark a method as a tool that the policy may call.
 
-    Its docstring describes it: the first paragraph the tool, and lines `name: what it is` its arguments. Its
-    annotations are the arguments' types. It returns what the policy reads, or a Step. An exception is for the policy
-    to read, too.
+    Its docstring describes it: the first paragraph describes the tool, and lines `name: what it is` the arguments,
+    whose types are the annotations. It returns what the policy reads, or a Step. Exceptions are shown to the policy as
+    well.
     """
     setattr(method, _MARK, True)
     return method
 
 
 def tools_of(cls: type) -> tuple[Tool, ...]:
-    """The tools of a class, by name. Raises TypeError for one without a docstring, or with an argument of no type."""
+    """Return the tools of a class, by name. Raises TypeError for one without a docstring or with an untyped
+    argument."""
     methods = inspect.getmembers(cls, lambda member: getattr(member, _MARK, False))
     return tuple(_tool(name, method) for name, method in methods)
 
@@ -90,7 +91,7 @@ def _tool(name: str, method: Callable[..., Any]) -> Tool:
 
 
 def _described(docstring: str) -> tuple[str, dict[str, str]]:
-    """The description, and those of arguments."""
+    """Return the description, and those of the arguments."""
     found = dict(re.findall(r"^\s*(\w+): (.+)$", docstring, re.MULTILINE))
     first = re.split(r"\n\s*\n|\n\s*\w+: ", docstring.strip(), maxsplit=1)[0]
     inline = re.split(r"(?<=[.!?]) (?=\w+: )", " ".join(first.split()))
@@ -99,7 +100,7 @@ def _described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _plain_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Without pydantic's titles, which say the names again."""
+    """Return the JSON schema without pydantic's titles, which only repeat the names."""
 
     def without_titles(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""The policy learner and the critic: DeepSpeed engines on one or more ranks, fed with ragged micro-batches."""
+"""The policy learner and the critic: DeepSpeed engines on one or more ranks, which take ragged micro-batches."""

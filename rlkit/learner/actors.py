@@ -1,4 +1,4 @@
-"""Policy and critic as Ray actors: one rank of each, and the group of ranks that is called together."""
+"""Policy and critic as Ray actors: one rank of each, and the groups of ranks that are called together."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LearnerWorker(Rank):
         return metrics, seen
 
     def logprobs(self, work: tuple[str, Sequence[Microbatch]]) -> np.ndarray:
-        """[R of all] under the policy or a model that is held."""
+        """Log-probs [R over all micro-batches] under the policy or a model that is held."""
         which, microbatches = work
         return self.learner.logprobs(microbatches, which)
 
@@ -70,12 +70,12 @@ class LearnerWorker(Rank):
         self.learner.hold(name, path)
 
     def weights(self) -> tuple[WeightBundle | None, int]:
-        """Return the weights that engines get (on rank 0; ZeRO-3 gathers on all), and their version."""
+        """Return the weights that engines get (on rank 0; with ZeRO-3 all ranks gather) and their version."""
         bundle, config = None, self.config
         whole = published_adapter(config.cluster, config.rollout, config.model) is None
         weights = self.learner.named_weights() if whole else self.learner.adapter_weights()
         if self.rank == 0:
-            if config.learner.zero_stage == 3:  # what was gathered is freed
+            if config.learner.zero_stage == 3:  # gathered tensors are freed again
                 weights = ((name, tensor.to("cpu", copy=True)) for name, tensor in weights)
             bundle = WeightBundle.pack(self.learner.version, weights)
         else:
@@ -84,8 +84,8 @@ class LearnerWorker(Rank):
         return bundle, self.learner.version
 
     def canary_logprobs(self, canary: Canary) -> np.ndarray:
-        """Under the current weights: of all sequences, each without its first token. An empty canary costs no forward
-        pass, which an offloaded model could not do."""
+        """Log-probs of all sequences under the current weights, each without its first token. An empty canary needs no
+        forward pass, which would be impossible for an offloaded model."""
         return self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
@@ -135,11 +135,11 @@ class LearnerWorker(Rank):
         return super().checkpoint_bytes() + weights * (1 + moving) + sum(meta.bytes for meta in factors)
 
     def save_frozen(self, name: str, folder: str) -> list[WrittenFile]:
-        """Return the files of a model that is held (on rank 0)."""
+        """Write a model that is held; return its files (on rank 0)."""
         return self.learner.save(Path(folder), name)
 
     def save(self, folder: str) -> list[WrittenFile]:
-        """Return the files of the weights (on rank 0)."""
+        """Write the policy's folder; return the files of the weights (on rank 0)."""
         from rlkit.data.rendering import load_tokenizer
 
         written = self.learner.save(Path(folder))
@@ -149,12 +149,12 @@ class LearnerWorker(Rank):
                 tokenizer.chat_template = Path(self.config.model.chat_template).expanduser().read_text(encoding="utf-8")
             tokenizer.save_pretrained(folder)
             generation = Path(self.model_path) / "generation_config.json"
-            if generation.is_file():  # some of the tokens that end a response may be named only there
+            if generation.is_file():  # some of the tokens that end a response may only be named there
                 shutil.copy(generation, folder)
         return written
 
     def save_adapter(self, folder: str) -> list[WrittenFile]:
-        """Return the file of its weights (on rank 0)."""
+        """Write the adapter's folder; return the file of its weights (on rank 0)."""
         return self.learner.save_adapter(self.model_path, Path(folder))
 
 
@@ -167,11 +167,11 @@ class LearnerGroup(RankGroup):
         self.temperature, self.device = config.rollout.temperature, config.cluster.device
         self.tracking = config.tracking
         self.signals: Signals = {}
-        """Of the last update, for its record."""
+        """Signals of the last update, for its record."""
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """One training step."""
+        """Run one training step."""
         shares, planned = policy_shares(
             experience.groups,
             advantages,
@@ -189,7 +189,7 @@ class LearnerGroup(RankGroup):
         return metrics | planned
 
     async def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:
-        """[T] of every sample, in order, under the policy or a model that the ranks hold."""
+        """Log-probs [T] of every sample, in order, under the policy or a model that the ranks hold."""
         work = passes(groups, self.section)
         results = await self.call_each("logprobs", [(which, dealt) for dealt in work.microbatches])
         return work.per_sample(results)
@@ -199,8 +199,8 @@ class LearnerGroup(RankGroup):
         return logprobs
 
     def publishable(self, canary: Canary) -> tuple[Any, Coroutine[Any, Any, tuple[int, np.ndarray]]]:
-        """Return a reference to the WeightBundle that is packed now, and, to await, its version and the canary's
-        log-probs, which are computed while others may load the bundle."""
+        """Return a reference to the WeightBundle being packed, and an awaitable of its version and the canary's
+        log-probs, which are computed while others may already load the bundle."""
         packing = [rank.weights.options(num_returns=2).remote() for rank in self.ranks]
         computing = [rank.canary_logprobs.remote(canary) for rank in self.ranks]
 
@@ -216,7 +216,7 @@ class LearnerGroup(RankGroup):
         return checksum
 
     async def hold(self, name: str, folder: Path) -> None:
-        """Load a model for `logprobs`, in place of one of that name."""
+        """Load a model for `logprobs`, replacing any of the same name."""
         await self.call("hold", name, str(folder))
 
     async def save_frozen(self, name: str, folder: Path) -> list[WrittenFile]:
@@ -224,7 +224,7 @@ class LearnerGroup(RankGroup):
         return written
 
     async def save(self, folder: Path) -> list[WrittenFile]:
-        """Write the policy as a Hugging Face folder, and its adapter beside that; return the files of weights."""
+        """Write the policy as a Hugging Face folder, and its adapter next to it; return the files of weights."""
         written: list[WrittenFile] = await self.call("save", str(folder))
         if self.lora is not None:
             written += await self.call("save_adapter", str(folder.with_name("adapter")))
@@ -267,12 +267,12 @@ class CriticGroup(RankGroup):
         super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
     async def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """[T] of every sample, in order."""
+        """Values [T] of every sample, in order."""
         work = passes(groups, self.section)
         return work.per_sample(await self.call_each("values", work.microbatches))
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """One training step."""
+        """Run one training step."""
         values, seed = experience.values or (), (self.seed, experience.step)
         shares = value_shares(experience.groups, advantages, values, self.section, seed=seed)
         metrics: dict[str, float] = (await self.call_each("learn", shares))[0]

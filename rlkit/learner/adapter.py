@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of peft in a policy: W x + scale * B A x; only A and B are trained.
+"""peft's low-rank adapters (LoRA, arXiv 2106.09685) in a policy: W x + scale * B A x; only A and B are trained.
 
-Everything that leaves the learner goes by plain names: weights are merged into copies, never in place, so that nothing
-drifts; the adapter alone has the names of peft's files.
+Everything that leaves the learner uses plain names: weights are merged into copies, never in place, so that they do not
+drift. Only the adapter itself uses the names of peft's files.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rlkit.weights.bundle import TensorMeta
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
 
 NAME = "default"
-"""peft's own name of a model's only adapter."""
+"""peft's name for a model's only adapter."""
 WRAPPED, FACTORS = ".base_layer.", (f".lora_A.{NAME}.", f".lora_B.{NAME}.")
 PREFIX, FILE = "base_model.model.", "adapter_model.safetensors"
-"""Of peft's files."""
+"""Name prefix and file name that peft uses."""
 
 
 def add_adapter(model: nn.Module, lora: AdapterConfig) -> None:
-    """Give the model an adapter that changes nothing yet (B is 0), and freeze all else.
+    """Add an adapter that changes nothing yet (B is 0) to the model, and freeze everything else.
 
-    Raises ModelLoadError if a target is no linear layer.
+    Raises ModelLoadError if a target is not a linear layer.
     """
     import peft
     from peft.tuners.lora.layer import Linear
@@ -53,10 +53,10 @@ def _layers(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model is the one before training, to the last bit."""
+    """Make the model exactly the one before training, bit for bit."""
     layers = list(_layers(model))
     for layer in layers:
-        layer._disable_adapters = True  # peft's own switch takes `requires_grad` from the adapter, too
+        layer._disable_adapters = True  # peft's own switch also takes `requires_grad` from the adapter
     try:
         yield
     finally:
@@ -65,11 +65,11 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 class WithoutAdapter(PackedCausalLM):
-    """An engine's model with its adapter off: the reference policy, at no memory of its own."""
+    """An engine's model with its adapter off: a reference policy that needs no extra memory."""
 
     def __init__(self, engine: Any) -> None:
         nn.Module.__init__(self)
-        self._engine = [engine]  # no submodule: the model stays the engine's
+        self._engine = [engine]  # not a submodule: the model stays the engine's
 
     def forward(self, *inputs: Any) -> Any:
         (engine,) = self._engine
@@ -77,7 +77,7 @@ class WithoutAdapter(PackedCausalLM):
             return engine(*inputs)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those that are not trained; none with ZeRO 3, which shares them out over the ranks for good."""
+        """The parameters that are not trained; none with ZeRO 3, which partitions them over the ranks permanently."""
         (engine,) = self._engine
         partitioned = engine.zero_optimization_stage() == 3
         return (p for p in engine.module.parameters() if not (p.requires_grad or partitioned))
@@ -88,7 +88,7 @@ class WithoutAdapter(PackedCausalLM):
 
 
 def plain_name(name: str) -> str:
-    """Of a parameter without adapters."""
+    """The parameter's name without adapters."""
     return name.replace(WRAPPED, ".")
 
 
@@ -103,7 +103,8 @@ def adapted_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def merged(layer: Any, weight: Tensor, *, partitioned: bool) -> Tensor:
-    """W + scale * B A, computed in fp32, in the weight's precision. `partitioned`: by ZeRO 3; all ranks call it."""
+    """Return W + scale * B A, computed in fp32, in the weight's precision. `partitioned`: by ZeRO 3; all ranks call
+    it."""
     import deepspeed
 
     factors = [layer.lora_A[NAME].weight, layer.lora_B[NAME].weight]
@@ -114,7 +115,7 @@ def merged(layer: Any, weight: Tensor, *, partitioned: bool) -> Tensor:
 
 
 def adapter_metas(model: nn.Module) -> list[TensorMeta]:
-    """What `adapter_tensors` yields."""
+    """Metadata of the tensors that `adapter_tensors` yields."""
     return [TensorMeta(_in_file(name), p.dtype, full_shape(p)) for name, p in _factors(model)]
 
 
@@ -136,7 +137,7 @@ def _in_file(name: str) -> str:
 
 
 def save_adapter(model: Any, base: str, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> WrittenFile:
-    """Write the folder that `peft.PeftModel.from_pretrained` loads; `base`: the model it belongs to."""
+    """Write a folder that `peft.PeftModel.from_pretrained` can load; `base`: the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.task_type = base, "CAUSAL_LM"

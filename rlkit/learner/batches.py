@@ -1,4 +1,4 @@
-"""What a rank receives of a step: its micro-batches as flat arrays; no texts, no other rank's samples.
+"""What a rank receives for a step: its micro-batches as flat arrays, without texts or other ranks' samples.
 
 `dealing.py` makes them in the driver.
 """
@@ -21,18 +21,18 @@ from rlkit.models.packing import PackedBatch, Tree, pack
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Groups, or parts of them, in one forward pass: S samples with R response tokens, group by group."""
+    """Groups, or parts of groups, in one forward pass: S samples with R response tokens, group by group."""
 
     prompts: tuple[IntArray, ...]
-    """One per group; of samples in segments also what these follow."""
+    """One per group; for samples made of segments, also the context of each segment."""
     rows: tuple[tuple[int, ...], ...]
-    """Response tokens of each row behind each prompt: a sample, or a segment of one."""
+    """Per prompt, the response tokens of each row after it: a row is a sample, or a segment of one."""
     sizes: tuple[int, ...]
-    """Samples of each group."""
+    """Number of samples in each group."""
     token_ids: IntArray
     """[R] response tokens, sample after sample."""
     lengths: IntArray
-    """[S]"""
+    """[S] response tokens of each sample."""
 
     def packed(self, device: str) -> PackedBatch:
         ends = np.cumsum([length for lengths in self.rows for length in lengths])
@@ -57,7 +57,7 @@ def _repeated(counts: IntArray, device: str) -> Tensor:
 
 
 IDLE = Microbatch((np.zeros(1, np.int32),), ((1,),), (1,), np.zeros(1, np.int32), np.ones(1, np.int32))
-"""A forward pass of a rank that has nothing left, but must take part in the others' collective operations."""
+"""A forward pass for a rank that has no work left but must take part in the collective operations of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +70,23 @@ class PairRows:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRows:
-    """[R] each, in the order of the micro-batch's response tokens, but for what says otherwise."""
+    """[R] each, in the order of the micro-batch's response tokens, unless stated otherwise."""
 
     mask: BoolArray
     advantages: FloatArray
     rollout_logprobs: FloatArray | None
-    """inf where no sampler made the response; None: nowhere."""
+    """inf where a response did not come from a sampler; None if none did."""
     old_logprobs: FloatArray | None
-    """Under the policy before the step, where the driver has them already."""
+    """Log-probs under the policy before the step, if the driver already has them."""
     reference_logprobs: FloatArray | None
-    """The same, under the reference policy."""
+    """Log-probs under the reference policy, if the driver already has them."""
     extras: Mapping[str, FloatArray]
     samples: Mapping[str, FloatArray]
     """[S] each."""
     pairs: PairRows | None
-    """Those of the micro-batch; None if the step has none."""
+    """The micro-batch's pairs; None if the step has none."""
     watched: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    """Samples whose signals are recorded, by their number in the step: rows [start, end)."""
+    """Samples whose signals are recorded, by their number in the step, with their rows [start, end)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +106,31 @@ class Minibatch(Generic[RowsT]):
     """One optimizer step of one rank."""
 
     microbatches: tuple[tuple[Microbatch, RowsT | None], ...]
-    """Equally many on all ranks; idle ones have no rows."""
+    """The same number on all ranks; idle ones have no rows."""
     denominators: Denominators
-    """Of all ranks."""
+    """Totals over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share(Generic[RowsT]):
-    """What one rank does in a step."""
+    """One rank's work in a step."""
 
     minibatches: tuple[Minibatch[RowsT], ...]
     scalars: Mapping[str, float] = field(default_factory=dict)
     """`Advantages.scalars`."""
     old_known: bool = False
-    """All rows have `old_logprobs`."""
+    """Whether all rows have `old_logprobs`."""
     reference_known: bool = False
-    """All rows have `reference_logprobs`: no rank, not even an idle one, computes them."""
+    """Whether all rows have `reference_logprobs`: if so, no rank computes them, not even an idle one."""
 
 
 def on_device(rows: FloatArray | BoolArray, device: str) -> Tensor:
-    """A float32 copy: arrays from Ray's object store cannot be written to."""
+    """Return a float32 copy: arrays from Ray's object store cannot be written to."""
     return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
 
 
 @torch.no_grad()
 def per_token(forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[Microbatch], device: str) -> FloatArray:
-    """The results of all passes in one row [R of all]. `forward`: packed batch -> [R]."""
+    """Concatenate the results of all passes: [R over all micro-batches]. `forward`: packed batch -> [R]."""
     rows = [forward(microbatch.packed(device)).float().cpu().numpy() for microbatch in microbatches]
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)

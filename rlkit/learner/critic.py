@@ -1,4 +1,4 @@
-"""One rank of the critic, without Ray: values of response tokens, and their regression on returns."""
+"""One rank of the critic, without Ray: values of response tokens, and their regression towards the returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class Critic:
-    """Needs an initialised process group. Value t is read where token t is predicted: the state before it is chosen."""
+    """Needs an initialised process group. Value t is read where token t is predicted: it is that of the state before
+    token t."""
 
     def __init__(
         self,
@@ -41,11 +42,12 @@ class Critic:
         self.engine = build_engine(model, config, device)
 
     def values(self, microbatches: Sequence[Microbatch]) -> np.ndarray:
-        """[R of all]. Equally many micro-batches on every rank."""
+        """Values [R over all micro-batches]. Every rank must have the same number of micro-batches."""
         return per_token(self.engine, microbatches, self.device)
 
     def learn(self, share: Share[ValueRows]) -> dict[str, float]:
-        """One training step towards the returns. All ranks call it, each with its share; metrics are equal on all."""
+        """Run one training step towards the returns. All ranks call it, each with its share; metrics are equal on
+        all."""
         metrics = StepMetrics("critic", self.config.sequence_parallel)
         for minibatch in share.minibatches:
             self._step(minibatch, metrics)

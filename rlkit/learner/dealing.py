@@ -1,8 +1,8 @@
-"""The driver's plan of a step: which samples are computed by which rank, in which micro-batch, as which rows.
+"""The driver's plan of a step: which rank computes which samples, in which micro-batch and as which rows.
 
-A rank here is a replica of the model: ranks that share sequences compute the same samples. The plan is made once; each
-rank is sent its share alone. Numbers of passes are equal on all ranks, so that collective
-operations match, and denominators are of the whole optimizer step, so that a gradient does not depend on the plan.
+A rank here is a replica of the model: ranks that share sequences compute the same samples. The plan is made once, and
+each rank is sent only its share. All ranks run the same number of passes, so that collective operations match, and
+denominators cover the whole optimizer step, so that a gradient does not depend on the plan.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def policy_shares(
     reference_logprobs: Sequence[FloatArray] | None = None,
     watched: Collection[int] = (),
 ) -> tuple[list[Share[PolicyRows]], dict[str, float]]:
-    """The update of the policy by rank, and metrics of the plan.
+    """Return each rank's share of the policy update, and metrics of the plan.
 
-    `old_logprobs`, `reference_logprobs` [T] per sample: under the policy before the step, and the reference; without
-    them, ranks compute what they need. `seed`: of the shuffles of further epochs. `watched`: samples whose signals are
-    recorded. Raises ValueError for a layout that may part pairs.
+    `old_logprobs`, `reference_logprobs` [T] per sample: log-probs under the policy before the step and under the
+    reference; if None, ranks compute what they need. `seed`: seeds the shuffles after the first epoch. `watched`:
+    samples whose signals are recorded. Raises ValueError for a layout that may separate pairs.
     """
     batch = _Batch(groups)
     kept = batch.kept(advantages)
@@ -85,7 +85,7 @@ def policy_shares(
 
 
 def _sampled(samples: Sequence[Sample]) -> FloatArray | None:
-    """The sampler's log-probs [R], inf where there was none; None if there was none anywhere."""
+    """The sampler's log-probs [R], inf for samples without any; None if no sample has any."""
     if all(sample.logprobs is None for sample in samples):
         return None
     rows = [np.full(len(s), np.inf, np.float32) if s.logprobs is None else s.logprobs for s in samples]
@@ -122,8 +122,8 @@ def value_shares(
     *,
     seed: Sequence[int] = (),
 ) -> list[Share[ValueRows]]:
-    """The update of the critic by rank. `values` [T] per sample: behind the advantages. `seed`: of the shuffles of
-    further epochs."""
+    """Return each rank's share of the critic update. `values` [T] per sample: those behind the advantages. `seed`:
+    seeds the shuffles after the first epoch."""
     batch, returns = _Batch(groups), advantages.returns
     if returns is None:
         raise ValueError("the algorithm has a critic but its advantages have no returns to train it with")
@@ -137,21 +137,21 @@ def value_shares(
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward passes over all samples of a step, whose results come back to the driver."""
+    """Forward passes over all samples of a step, whose results go back to the driver."""
 
     microbatches: list[tuple[Microbatch, ...]]
-    """By rank."""
+    """Micro-batches of each rank."""
     order: list[list[int]]
-    """By rank: the samples in the order of its results."""
+    """For each rank, the samples in the order of its results."""
     lengths: NDArray[np.int64]
     """[B] response tokens."""
 
     def per_sample(self, results: Sequence[FloatArray]) -> list[FloatArray]:
-        """[T] of each sample, from each rank's results [R of all its passes]."""
+        """Split each rank's results [R over all its passes] into [T] of each sample."""
         rows: dict[int, FloatArray] = {}
         for samples, result in zip(self.order, results, strict=True):
             ends = np.cumsum(self.lengths[samples])
-            rows |= zip(samples, np.split(result, ends), strict=False)  # what idle passes gave comes last
+            rows |= zip(samples, np.split(result, ends), strict=False)  # results of idle passes come last
         return [rows[i] for i in range(len(self.lengths))]
 
 
@@ -167,14 +167,14 @@ def passes(groups: Sequence[Group], config: LearnerConfig) -> Passes:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Samples of one group that stay together, by their index in the step."""
+    """Samples of one group that stay together, given by their index in the step."""
 
     group: int
     samples: tuple[int, ...]
     tokens: int
-    """To compute."""
+    """Tokens to compute."""
     charge: int
-    """What they take of `tokens_per_microbatch`."""
+    """Tokens that count towards `tokens_per_microbatch`."""
 
 
 class _Batch:
@@ -186,21 +186,21 @@ class _Batch:
         self.prompts: list[IntArray] = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
         pairs = zip(groups, self.prompts, strict=True)
         self.rows = [sample.rows(prompt) for group, prompt in pairs for sample in group.samples]
-        """Of each sample: what its segments follow, and their tokens."""
+        """For each sample: the context of each of its segments, and the segment's number of tokens."""
         starts = np.cumsum([0, *(len(group.samples) for group in groups)]).tolist()
         self.members = [range(start, end) for start, end in pairwise(starts)]
 
     def kept(self, advantages: Advantages) -> NDArray[np.bool_]:
-        """[B] samples that enter the loss: kept ones with a trained token."""
+        """[B] samples that are in the loss: kept ones with a trained token."""
         return advantages.keep & np.array([bool(s.trained.any()) for s in self.samples], dtype=np.bool_)
 
     def silent(self, advantages: Advantages) -> NDArray[np.bool_]:
-        """[B] samples without an advantage on any trained token."""
+        """[B] samples whose advantage is 0 on every trained token."""
         rows = zip(advantages.tokens, self.samples, strict=True)
         return np.array([not row[sample.trained].any() for row, sample in rows], dtype=np.bool_)
 
     def parts(self, chosen: NDArray[np.bool_]) -> list[_Part]:
-        """Each group's chosen samples; groups without any are left out."""
+        """Return the chosen samples of each group; groups without any are left out."""
         parts = []
         for group, members in enumerate(self.members):
             samples = tuple(i for i in members if chosen[i])
@@ -209,12 +209,12 @@ class _Batch:
         return parts
 
     def _part(self, group: int, samples: tuple[int, ...]) -> _Part:
-        # Of the right lengths; the ids do not matter.
+        # Only the lengths matter, not the ids.
         trees = [Tree(range(len(context)), tuple(map(range, lengths))) for context, lengths in self._trees(samples)]
         return _Part(group, samples, sum(tree.tokens for tree in trees), sum(map(charge, trees)))
 
     def _trees(self, samples: Sequence[int]) -> list[tuple[IntArray, tuple[int, ...]]]:
-        """Contexts with the lengths of the rows behind them, sample after sample: neighbours share one."""
+        """Contexts with the lengths of the rows after them, sample after sample; adjacent rows share a context."""
         trees: list[tuple[IntArray, tuple[int, ...]]] = []
         for context, length in (row for i in samples for row in self.rows[i]):
             last, lengths = trees[-1] if trees else (None, ())
@@ -234,8 +234,8 @@ class _Batch:
         pairs: NDArray[np.int64] | None = None,
         seed: Sequence[int] = (),
     ) -> list[Share[RowsT]]:
-        """Mini-batches take equal numbers of groups, in order in the first epoch, shuffled in the others; silent
-        samples are in the denominators only."""
+        """Split the groups into mini-batches of equal size, in order in the first epoch and shuffled in the others;
+        silent samples only count in the denominators."""
         trained = np.array([int(sample.trained.sum()) for sample in self.samples])
         of_ranks: list[list[Minibatch[RowsT]]] = [[] for _ in range(config.replicas)]
         groups = self.parts(kept)
@@ -269,15 +269,16 @@ class _Batch:
     def deal(
         self, parts: Sequence[_Part], config: LearnerConfig, *, split: bool, in_order: bool = False
     ) -> list[list[list[_Part]]]:
-        """Deal parts to ranks (nearly equal tokens), and each rank's into micro-batches: [rank][pass] -> parts.
+        """Deal parts to ranks (with nearly equal tokens), and each rank's parts into micro-batches: [rank][pass] ->
+        parts.
 
-        Equally many passes on all ranks, at least one; some are empty. A part above `tokens_per_microbatch` is split,
-        repeating its prompt, unless `split` is False; what still exceeds the limit runs alone. `in_order`: a rank's
-        parts keep their order, else the largest come first.
+        All ranks get the same number of passes, at least one; some may be empty. A part above `tokens_per_microbatch`
+        is split, repeating its prompt, unless `split` is False; a part that still exceeds the limit runs alone.
+        `in_order`: a rank's parts keep their order; otherwise the largest come first.
         """
         ranks, limit = config.replicas, config.tokens_per_microbatch
         if split:
-            count = -(-ranks // max(1, len(parts)))  # no rank is idle while another has several samples
+            count = -(-ranks // max(1, len(parts)))  # no rank may be idle while another has several samples
             parts = [piece for part in parts for piece in self._pieces(part, count if ranks > 1 else None, limit)]
         dealt: list[list[int]] = [[] for _ in range(ranks)]
         loads = [(0, rank) for rank in range(ranks)]
@@ -293,7 +294,8 @@ class _Batch:
         return [[*dealt, *([] for _ in range(rounds - len(dealt)))] for dealt in of_ranks]
 
     def _pieces(self, part: _Part, count: int | None, limit: int) -> list[_Part]:
-        """Within the limit; nearly equal ones, at least `count` if there are as many samples, for several ranks."""
+        """Split a part into pieces within the limit; for several ranks, into at least `count` nearly equal ones, if
+        there are as many samples."""
         fitting = self._fitting(part, limit)
         if count is None:
             return fitting
@@ -314,7 +316,7 @@ class _Batch:
         )
 
     def _sizes(self, part: _Part) -> list[int]:
-        """Tokens of each sample beside the group's prompt."""
+        """Tokens of each sample, excluding the group's prompt."""
         prompt = self.prompts[part.group]
         return [
             sum(length + (0 if context is prompt else len(context)) for context, length in self.rows[i])
@@ -336,13 +338,13 @@ class _Batch:
 
 
 def charge(tree: Tree) -> int:
-    """What it takes of `tokens_per_microbatch`."""
+    """Tokens of a tree that count towards `tokens_per_microbatch`."""
     return tree.charged_tokens
 
 
 def split_tree(tree: Tree, limit: int) -> list[list[int]]:
-    """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
-    prefix."""
+    """Indices of the suffixes that go through a pass together: each part is within the limit or has one suffix. Every
+    part repeats the prefix."""
 
     def charged(part: Sequence[int]) -> int:
         return charge(Tree(tree.prefix, [tree.suffixes[i] for i in part]))
@@ -351,8 +353,9 @@ def split_tree(tree: Tree, limit: int) -> list[list[int]]:
 
 
 def split(sizes: Sequence[int], shared: int, charged: Callable[[Sequence[int]], int], limit: int) -> list[list[int]]:
-    """Indices of what passes together: within the limit, or one alone. `sizes`: tokens beside the `shared` ones, which
-    each part repeats; `charged`: what a part takes of the limit."""
+    """Indices of the items that go through a pass together: each part is within the limit or has one item. `sizes`:
+    tokens excluding the `shared` ones, which each part repeats; `charged`: tokens of a part that count towards the
+    limit."""
 
     def smaller(part: list[int]) -> list[list[int]]:
         if charged(part) <= limit or len(part) == 1:
@@ -367,13 +370,13 @@ def split(sizes: Sequence[int], shared: int, charged: Callable[[Sequence[int]], 
 
 
 def even_pieces(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices in `count` pieces (at most one for each) of nearly equal size."""
+    """Split the indices into `count` pieces of nearly equal size (at most one piece per index)."""
     pieces: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
     loads = [(0, p) for p in range(len(pieces))]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         load, p = loads[0]
         pieces[p].append(i)
-        heapq.heapreplace(loads, (load + sizes[i] + 1, p))  # + 1: no piece is empty
+        heapq.heapreplace(loads, (load + sizes[i] + 1, p))  # + 1: no piece stays empty
     return [sorted(piece) for piece in pieces]
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed engines: building one, an optimizer step, offloading to the host."""
+"""DeepSpeed engines: building them, running an optimizer step, offloading to the host."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from rlkit.models.policy import resolve_dtype
 from rlkit.models.sequence import SequenceRanks
 
 REDUCE_BUCKET_ELEMENTS = 2**27
-"""Of gradients that ranks add up at a time. DeepSpeed's 5e8 would hold 1 GB in bf16, with ZeRO 3 for good."""
+"""Gradient elements that ranks reduce at a time. DeepSpeed's 5e8 would hold 1 GB in bf16, permanently with ZeRO 3."""
 READ_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
-"""With it set, transformers reads a tensor when it is needed."""
+"""If set, transformers reads each tensor only when it is needed."""
 T = TypeVar("T", bound=PackedModel)
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips its step when any rank's gradient is not finite.
+    """AdamW that skips its step if any rank's gradient is not finite.
 
     DeepSpeed clips first; clipping by a non-finite norm makes every gradient non-finite, so this works at every ZeRO
     stage.
@@ -46,7 +46,7 @@ class GuardedAdamW(torch.optim.AdamW):
         device = gradients[0].device if gradients else torch.device("cpu")
         bad = torch.zeros(1, device=device)
         for gradient in gradients:
-            # The largest value is inf or NaN if any is; torch.isfinite would take 6 bytes per element for a moment.
+            # The maximum is inf or NaN if any element is; torch.isfinite would briefly take 6 bytes per element.
             bad += ~torch.isfinite(torch.linalg.vector_norm(gradient, ord=math.inf))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(bad)
@@ -55,7 +55,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def learning_rate(config: LearnerConfig, optimizer_step: int, total_steps: int) -> float:
-    """Of the 0-based optimizer step: linear warm-up, then the schedule down to its minimum."""
+    """Return the rate of the 0-based optimizer step: linear warm-up, then the schedule down to its minimum."""
     if optimizer_step < config.warmup_steps:
         return config.learning_rate * (optimizer_step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -72,8 +72,8 @@ def init_process_group(
 ) -> None:
     """Join the ranks (DeepSpeed needs a process group even for one).
 
-    Collective operations fail after `seconds` (None: DeepSpeed's default), those of the groups that DeepSpeed makes for
-    itself, too; NCCL ends the process.
+    Collective operations fail after `seconds` (None: DeepSpeed's default), also in the groups that DeepSpeed creates
+    itself; NCCL ends the process.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
@@ -82,15 +82,16 @@ def init_process_group(
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # DeepSpeed would compile its shared-memory collectives on first use: over a minute on two cores. Gloo does.
+    # On first use DeepSpeed would compile its shared-memory collectives, which takes over a minute on two cores. Gloo
+    # is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device == "cuda" else "gloo"
     timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
-    if dist.is_initialized():  # one process group per process: tests build several learners in theirs
+    if dist.is_initialized():  # one process group per process: tests build several learners in one
         return
-    if world_size > 1:  # DeepSpeed would leave its own groups torch's time-out
+    if world_size > 1:  # otherwise DeepSpeed would give its own groups torch's timeout
         dist.new_group = partial(dist.new_group, timeout=timeout)
-    # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
+    # The store of a group that DeepSpeed or torch creates listens on every interface, without any authentication.
     store: dict[str, Any] = {}
     if rank == 0:
         listening = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -107,8 +108,8 @@ def init_process_group(
 
 @cache
 def sequence_ranks(count: int) -> SequenceRanks | None:
-    """This rank among the `count` neighbours that compute each batch together; None if it is alone. All ranks call
-    it."""
+    """Return this rank's place among the `count` neighbours that compute each batch together; None if it is alone. All
+    ranks call it."""
     if count == 1:
         return None
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -121,8 +122,8 @@ def sequence_ranks(count: int) -> SequenceRanks | None:
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
     """Build a DeepSpeed engine; the caller owns gradient accumulation. Raises ValueError for bf16 without ZeRO.
 
-    The module must be in the compute dtype, or is cast to it: DeepSpeed makes its fp32 masters from what it computes
-    with, so in bf16 they start as the rounding of the checkpoint. The module stays in evaluation mode: dropout is never
+    The module should be in the compute dtype, else it is cast to it: DeepSpeed makes its fp32 masters from the compute
+    weights, so in bf16 they start from the rounded checkpoint. The module stays in evaluation mode: dropout is never
     active.
     """
     import deepspeed
@@ -135,10 +136,10 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
     no_decay = [p for p in trained if len(full_shape(p)) < 2]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = GuardedAdamW(
-        [group for group in groups if group["params"]],  # an adapter has matrices alone
+        [group for group in groups if group["params"]],  # an adapter has only matrices
         lr=config.learning_rate,
         betas=config.betas,
-        fused=True,  # torch's default on CUDA takes temporaries of 8 bytes per parameter, and on CPU four times as long
+        fused=True,  # torch's default needs temporaries of 8 bytes per parameter on CUDA, and four times as long on CPU
     )
     _evaluate_always(module)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config, device))
@@ -149,9 +150,10 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
 def load_to_train(
     load: Callable[..., T], path: str | Path, config: LearnerConfig, device: str, *, trust_remote_code: bool = False
 ) -> T:
-    """A module from `load(path, dtype, ...)`, ready for `build_engine`: in the dtype that computes, of ZeRO 3 a share.
+    """Return a module from `load(path, dtype, ...)`, ready for `build_engine`: in the compute dtype, partitioned with
+    ZeRO 3.
 
-    With gradient checkpointing if configured. Raises ModelLoadError with the remedy.
+    Gradient checkpointing is on if configured. Raises ModelLoadError with the remedy.
     """
     with partitioned_loading(config, device):
         module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
@@ -169,9 +171,10 @@ def load_frozen(
     device: str,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A module that only runs forward, whole on every rank; with ZeRO 3 an engine that gathers it layer by layer.
+    """Return a module that only runs forward, whole on every rank; with ZeRO 3 an engine that gathers it layer by
+    layer.
 
-    With ZeRO 3 all ranks must make equally many passes. Raises ModelLoadError with the remedy.
+    With ZeRO 3 all ranks must run the same number of passes. Raises ModelLoadError with the remedy.
     """
     with partitioned_loading(config, device):
         module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
@@ -188,10 +191,10 @@ def load_frozen(
 
 @contextmanager
 def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
-    """With ZeRO 3, parameters that transformers loads inside are partitioned over the ranks one by one.
+    """With ZeRO 3, partition the parameters that transformers loads inside the context over the ranks, one by one.
 
-    `from_pretrained` prepares the model without memory and sets each parameter when it is read; here it is partitioned
-    in that moment. All ranks must load the same.
+    `from_pretrained` creates the model without memory and sets each parameter when it is read, which is when it is
+    partitioned here. All ranks must load the same model.
     """
     if config.zero_stage != 3:
         yield
@@ -202,16 +205,17 @@ def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_deepspeed_config(config, device))
 
     def partition(module: nn.Module, name: str, parameter: Any) -> None:
-        # Flagged is what came from the file. The rest is initialised later, whole, and DeepSpeed partitions it then.
+        # Parameters read from the file are flagged. The others are initialised later, whole, and DeepSpeed partitions
+        # them then.
         was_read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
         awaited = module._parameters.get(name)
         if was_read and awaited is not None and awaited.is_meta and not is_zero_param(parameter):
-            parameter.data = parameter.data.clone()  # DeepSpeed writes to it, but it is a page of the file
+            parameter.data = parameter.data.clone()  # DeepSpeed writes to it, but it is memory-mapped from the file
             init._convert_to_zero_parameters([parameter])
 
     handle = register_module_parameter_registration_hook(partition)
     asynchronous = os.environ.pop(READ_ONE_BY_ONE, None)
-    os.environ[READ_ONE_BY_ONE] = "1"  # transformers would read ahead, up to the whole model
+    os.environ[READ_ONE_BY_ONE] = "1"  # otherwise transformers would read ahead, up to the whole model
     try:
         yield
     finally:
@@ -222,7 +226,7 @@ def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Also of a parameter that ZeRO 3 has partitioned."""
+    """The full shape, even if ZeRO 3 has partitioned the parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -235,8 +239,8 @@ def _deepspeed_config(config: LearnerConfig, device: str) -> dict[str, Any]:
         "gradient_clipping": config.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            # Stage 1 with fp32 accumulation would be an optimizer that keeps all fp32 gradients on every rank for good
-            # and cannot be offloaded. Stage 2 keeps a rank's share of them.
+            # Stage 1 with fp32 accumulation would use an optimizer that keeps all fp32 gradients on every rank
+            # permanently and cannot be offloaded. Stage 2 keeps each rank's share of them.
             "stage": 2 if half and config.zero_stage == 1 else config.zero_stage,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -249,9 +253,10 @@ def _deepspeed_config(config: LearnerConfig, device: str) -> dict[str, Any]:
 
 
 def _evaluate_always(module: nn.Module) -> None:
-    """Dropout off for good, gradient checkpointing on if it was enabled.
+    """Turn dropout off permanently, and keep gradient checkpointing on if it was enabled.
 
-    transformers checkpoints only layers that are training: they say so when they are called, and not within.
+    transformers checkpoints only layers in training mode: these are in training mode when called, but not inside the
+    call.
     """
     module.eval()
     for layer in module.modules():
@@ -262,7 +267,8 @@ def _evaluate_always(module: nn.Module) -> None:
 
 
 def _move_buffers(engine: Any) -> None:
-    """DeepSpeed leaves them where they are if the parameters came partitioned."""
+    """Move the buffers to the device: DeepSpeed leaves them where they are if the parameters were partitioned on
+    loading."""
     for buffer in engine.module.buffers():
         buffer.data = buffer.data.to(engine.device)
 
@@ -272,12 +278,12 @@ class OptimizerStep:
     grad_norm: float
     """Global norm before clipping."""
     skipped: bool
-    """A gradient was not finite: nothing was changed."""
+    """A gradient was not finite, and nothing was changed."""
 
 
 def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: float) -> OptimizerStep:
-    """Run one optimizer step; each of `losses` computes one micro-batch's share of a global sum, equally many on all
-    ranks."""
+    """Run one optimizer step; each of `losses` computes one micro-batch's share of a global sum. All ranks must have
+    the same number."""
     world_size = dist.get_world_size()
     optimizer = guarded_adamw(engine.optimizer)
     for group in [*optimizer.param_groups, *getattr(engine.optimizer, "param_groups", ())]:
@@ -291,7 +297,7 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: fl
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
     optimizer.skipped, skipped_by_zero = False, engine.skipped_steps
     engine.step()
-    # ZeRO looks for non-finite gradients itself and then does not call the optimizer at all.
+    # ZeRO checks for non-finite gradients itself and then does not call the optimizer at all.
     skipped = optimizer.skipped or engine.skipped_steps > skipped_by_zero
     return OptimizerStep(float(engine.get_global_grad_norm()) if norm is None else norm, skipped)
 
@@ -308,7 +314,7 @@ def guarded_adamw(optimizer: Any) -> GuardedAdamW:
 def offload(engine: Any) -> None:
     """Move optimizer states, fp32 weights, gradients and (ZeRO 1 and 2) parameters to the host.
 
-    Until `reload` the engine cannot run; its parameters can be read. Raises ValueError for ZeRO 0.
+    Until `reload`, the engine cannot run, but its parameters can be read. Raises ValueError for ZeRO 0.
     """
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as States
 
@@ -330,7 +336,7 @@ def reload(engine: Any) -> None:
             tensor.data = tensor.data.to(engine.device)
     for state in guarded_adamw(engine.optimizer).state.values():
         if not guarded_adamw(engine.optimizer).defaults["fused"]:
-            state["step"] = state["step"].cpu()  # DeepSpeed takes it to the GPU, where AdamW would wait for it
+            state["step"] = state["step"].cpu()  # DeepSpeed moves it to the GPU, where reading it would make AdamW wait
 
 
 def _optimizer_tensors(engine: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Models that only run forward: where they are, and a reference that moves towards the policy."""
+"""Models that only run forward: moving them between devices, and a reference that moves towards the policy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 ELEMENTS_AT_ONCE = 2**26
 LOW_BITS = 16
-"""Of a float32, which bfloat16 lacks."""
+"""Low bits of a float32 that bfloat16 drops."""
 
 
 def move_frozen(frozen: Any, device: str) -> None:
-    """To the host, where it cannot run, or back; of a ZeRO-3 engine this rank's shares."""
+    """Move the model to the host, where it cannot run, or back; for a ZeRO-3 engine, this rank's shares."""
     for parameter in frozen.parameters():
         parameter.data = parameter.data.to(device)
         if hasattr(parameter, "ds_tensor"):
@@ -24,22 +24,24 @@ def move_frozen(frozen: Any, device: str) -> None:
 
 @torch.no_grad()
 def move_towards(frozen: Any, policy: Any, share: float, seed: int) -> None:
-    """By `share` of the way; with ZeRO 3 each rank its shares, which lie alike. All ranks call it with one `seed`."""
+    """Move the model `share` of the way towards the policy; with ZeRO 3 each rank moves its shares, which match. All
+    ranks call it with the same `seed`."""
     partitioned = False
     for mine, its in zip(frozen.parameters(), policy.parameters(), strict=True):
         if hasattr(mine, "ds_tensor"):
             partitioned, mine, its = True, mine.ds_tensor, its.ds_tensor
         blend(mine.data, its.data, share, torch.Generator(mine.device).manual_seed(seed))
     whole = frozen.optimizer.persistent_parameters if partitioned else []
-    if whole:  # small ones, which every rank keeps beside its share
+    if whole:  # small parameters, which every rank keeps besides its share
         whole[0].partition(whole)
         whole[0].all_gather(whole)
 
 
 def blend(mine: Tensor, its: Tensor, share: float, generator: torch.Generator) -> None:
-    """Moves `mine` by `share` of the way to `its`, in place.
+    """Move `mine` in place by `share` of the way to `its`.
 
-    bfloat16 is rounded up or down at random, right on average: to the nearest, small steps would be none at all.
+    bfloat16 is rounded stochastically, so that it is unbiased: with rounding to nearest, small steps would have no
+    effect.
     """
     if share == 1 or mine.dtype != torch.bfloat16:
         mine.lerp_(its, share)

@@ -1,4 +1,4 @@
-"""Policy and critic as the trainer sees them: one thing that gathers experience and learns from it."""
+"""Policy and critic as the trainer sees them: a single object that gathers experience and learns from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 CACHED_AT_ONCE = 256
-"""Groups."""
+"""Groups computed at a time."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class JointLearner:
     critic: CriticGroup | None
     critic_config: CriticConfig
     render: Render
-    """For passes over edited prompts."""
+    """Renders prompts for passes over edited prompts."""
     references: ReferenceCache | None = None
-    """Of recorded responses, in place of a reference policy."""
+    """Cached log-probs of recorded responses, in place of a reference policy."""
 
     @classmethod
     def create(
@@ -56,12 +56,12 @@ class JointLearner:
         return cls(algorithm, policy, critic, config.critic, render)
 
     async def checkpoint_bytes(self) -> int:
-        """What `save_state` and `policy.save` write, nearly."""
+        """Approximate size of what `save_state` and `policy.save` write."""
         return sum(await asyncio.gather(*(part.checkpoint_bytes() for part in self._parts().values())))
 
     async def save_state(self, folder: Path) -> tuple[dict[str, dict[str, int]], list[WrittenFile]]:
-        """Write `learner.safetensors`, with a critic `critic.safetensors`, and `reference` if it moves; return counters
-        by name, and files."""
+        """Write `learner.safetensors`, `critic.safetensors` if there is a critic, and `reference` if it moves; return
+        counters by name, and the files."""
         parts = self._parts()
         saved = await asyncio.gather(*(part.save_state(folder / f"{name}.safetensors") for name, part in parts.items()))
         counters = {name: counted for name, (counted, _) in zip(parts, saved, strict=True)}
@@ -93,8 +93,8 @@ class JointLearner:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 
     async def use_references(self, file: Path, model: Path, groups: Iterable[Group]) -> None:
-        """Take reference log-probs from a file from now on, after computing what it lacks. The policy must still be the
-        model it began with: it is the reference, so no other is loaded."""
+        """Take reference log-probs from a file from now on, after computing those that it lacks. The policy must still
+        be the initial model: it serves as the reference, so that no other model is loaded."""
         policy = self.policy
         facts = policy.temperature, policy.section.dtype, policy.device
         cache = ReferenceCache(file, await asyncio.to_thread(fingerprint, model, *facts))
@@ -102,7 +102,8 @@ class JointLearner:
         self.references = cache
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
-        """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""
+        """Add the values and log-probs that the algorithm's advantages need, or its loss in every epoch, to the
+        groups."""
         needs = self.algorithm.needs()
         if needs.demonstrations:
             groups = [one for g in groups for one in (g, recorded_group(g.prompt, f"{g.id}-recorded", step))]
@@ -125,7 +126,7 @@ class JointLearner:
         return Experience(groups, step, values, of_groups.get(POLICY), of_groups.get(REFERENCE), logprobs)
 
     async def heldout(self, groups: Sequence[Group], step: int) -> Experience:
-        """Recorded groups with the log-probs that `Algorithm.heldout` reads."""
+        """Return recorded groups with the log-probs that `Algorithm.heldout` reads."""
         policy = await self.policy.logprobs(groups, POLICY)
         reference = None
         if self.algorithm.needs().reference_policy:
@@ -134,7 +135,7 @@ class JointLearner:
         return Experience(groups, step, None, policy, reference)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """Train policy and critic side by side; the version grows by one even when only the critic trains."""
+        """Train policy and critic in parallel; the version increases by one even if only the critic trains."""
         if self.critic is None:
             return await self.policy.update(experience, advantages)
         waits = experience.step <= self.critic_config.policy_waits_steps

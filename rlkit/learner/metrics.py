@@ -18,10 +18,10 @@ MOMENTS = ("first moment", "second moment")
 
 @torch.no_grad()
 def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denominators) -> LossOutput:
-    """Distance of the learner's log-probs [R] from the sampler's [R] on trained tokens that are computed.
+    """Distance between the learner's log-probs [R] and the sampler's [R] on trained tokens that are computed.
 
-    kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler. The moments are of
-    the weights exp(d), for `with_effective_size`.
+    kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler. The moments are those
+    of the weights exp(d), for `with_effective_size`.
     """
     difference = (before - rollout) * mask
     weight = torch.exp(difference) * mask
@@ -38,8 +38,8 @@ def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denomi
 
 
 def with_effective_size(metrics: dict[str, float]) -> dict[str, float]:
-    """`mismatch/ess` in place of the moments: (sum w)^2 / (n sum w^2), the share of the tokens that as many of the
-    policy's own would be worth (Kish 1965)."""
+    """Replace the moments by `mismatch/ess`, the effective sample size as a share of the tokens: (sum w)^2 / (n sum
+    w^2) (Kish 1965)."""
     if MOMENTS[0] not in metrics:
         return metrics
     first, second = (metrics.pop(name) for name in MOMENTS)
@@ -48,7 +48,7 @@ def with_effective_size(metrics: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(diagnostics: Sequence[Diagnostic], inputs: LossInputs) -> Iterator[LossOutput]:
-    """What diagnostics sum over tokens."""
+    """Yield what diagnostics sum over tokens."""
     for diagnostic in diagnostics:
         sums = diagnostic.measure(inputs)
         named = {f"{MEASURED}{diagnostic.config.name}/{name}": value for name, value in sums.items()}
@@ -58,9 +58,9 @@ def measured(diagnostics: Sequence[Diagnostic], inputs: LossInputs) -> Iterator[
 @dataclass
 class StepMetrics:
     area: str
-    """The first part of the metrics' names."""
+    """First part of the metrics' names."""
     copies: int = 1
-    """Ranks that compute the same samples, so that sums over all ranks count each as often."""
+    """Number of ranks that compute the same samples, and so add them to sums over all ranks."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -91,8 +91,8 @@ class StepMetrics:
         self.skipped += skipped
 
     def reduced(self, device: str) -> dict[str, float]:
-        """Sums over ranks averaged over optimizer steps (but for the loss, those that computed a sample); maxima over
-        ranks and steps."""
+        """Sum over ranks and average over optimizer steps (except for the loss, over those that computed a sample);
+        maxima are over ranks and steps."""
         steps, measured = max(1, len(self.grad_norms)), max(1, self.measured_steps)
         if self.grad_norms:
             self.sums.setdefault(self._loss, torch.zeros((), device=device))
@@ -111,7 +111,7 @@ class StepMetrics:
 
 def _over_ranks(values: dict[str, Tensor], op: dist.ReduceOp.RedOpType, device: str) -> dict[str, float]:
     if dist.get_world_size() > 1:
-        # A rank without micro-batches has no names: all ranks agree on the union first.
+        # A rank without micro-batches has no names: all ranks first agree on the union.
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, sorted(values))
         names = sorted({name for one in everyone for name in one})

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class PolicyLearner:
-    """Needs an initialised process group. `total_steps`: optimizer steps, for schedules that decay."""
+    """Needs an initialised process group. `total_steps`: number of optimizer steps, for schedules that decay."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class PolicyLearner:
         lora: AdapterConfig | None = None,
         diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
-        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `lora`: train an
-        adapter alone. `diagnostics`: those that measure something."""
+        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `lora`: train only an
+        adapter. `diagnostics`: those that measure something."""
         self.config = config
         self.diagnostics = diagnostics
         self.algorithm = algorithm
@@ -77,7 +77,7 @@ class PolicyLearner:
         self._trusted = trust_remote_code
         self.base = None if lora is None else WithoutAdapter(self.engine)
         self.frozen: dict[str, Any] = {}
-        """Models that only run forward: `reference`, and folders."""
+        """Models that only run forward: `reference`, and those from folders."""
         models = algorithm.needs().frozen_models(references_cached=not reference)
         if REFERENCE in models and self.base is not None:
             models.remove(REFERENCE)
@@ -86,7 +86,7 @@ class PolicyLearner:
             self.hold(name, model_path if name == REFERENCE else model_folder(name))
 
     def hold(self, name: str, path: str | Path) -> None:
-        """Load a model for `logprobs`, in place of one of that name. All ranks call it."""
+        """Load a model for `logprobs`, replacing any of the same name. All ranks call it."""
         self.frozen.pop(name, None)
         self.frozen[name] = self._load_frozen(path, trust_remote_code=self._trusted)
 
@@ -101,7 +101,8 @@ class PolicyLearner:
         return logprobs.float().cpu().numpy()
 
     def logprobs(self, microbatches: Sequence[Microbatch], which: str = POLICY) -> np.ndarray:
-        """[R of all] under the policy or a model that is held. Equally many micro-batches on every rank."""
+        """Log-probs [R over all micro-batches] under the policy or a model that is held. Every rank must have the same
+        number of micro-batches."""
         if which not in (POLICY, *self.frozen):
             raise ValueError(f"this learner holds no model {which!r}: the algorithm did not ask for it")
         model = self.engine if which == POLICY else self.frozen[which]
@@ -114,7 +115,7 @@ class PolicyLearner:
     # -- the update ----------------------------------------------------------------------------------------------
 
     def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
-        """One training step. All ranks call it, each with its share; metrics are equal on all.
+        """Run one training step. All ranks call it, each with its share; metrics are equal on all.
 
         Optimizer steps whose loss or gradient is not finite are skipped and reported.
         """
@@ -130,8 +131,8 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _old_logprobs(self, share: Share[PolicyRows]) -> list[list[torch.Tensor | None]]:
-        """[R] of each micro-batch under the policy before the first optimizer step; None where the update's own forward
-        pass gives them, in the first mini-batch."""
+        """Log-probs [R] of each micro-batch under the policy before the first optimizer step; None in the first
+        mini-batch, where the update's own forward pass gives them."""
 
         def before(microbatch: Microbatch, rows: PolicyRows | None) -> torch.Tensor | None:
             if not share.old_known:
@@ -230,7 +231,7 @@ class PolicyLearner:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def weight_metas(self) -> list[TensorMeta]:
-        """What `named_weights` yields, without gathering."""
+        """Metadata of what `named_weights` yields, without gathering."""
         return self._names.metas
 
     @cached_property
@@ -240,10 +241,10 @@ class PolicyLearner:
         return CheckpointNames(model, metas)
 
     def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name in a checkpoint, full tensor), tied ones once, persistent buffers last: an engine that slept has
-        lost those that are parameters in vLLM. All ranks iterate.
+        """Yield (name in a checkpoint, full tensor), tied weights once, persistent buffers last: a sleeping engine
+        loses those that are parameters in vLLM. All ranks iterate.
 
-        ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
+        ZeRO-3 gathers `bucket_bytes` at a time and then frees them: copy what must outlive the iteration.
         """
         model = self.engine.module.model
         _, weights = with_buffers(model, (), gathered_parameters(model, self.config.zero_stage, bucket_bytes))
@@ -254,7 +255,8 @@ class PolicyLearner:
         return adapter_tensors(self.engine.module.model, partitioned=self.config.zero_stage == 3)
 
     def save_adapter(self, base: str, folder: Path) -> list[WrittenFile]:
-        """Write peft's folder of an adapter to `base`; return its weights' file. All ranks call it, rank 0 writes."""
+        """Write the peft folder of an adapter for `base`; return its weights' file. All ranks call it, rank 0
+        writes."""
         if self.rank:
             for _ in self.adapter_weights():
                 pass  # ZeRO-3 gathers on all ranks

@@ -19,10 +19,10 @@ from rlkit.weights.bundle import TensorMeta, buckets
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
 
 GATHERED_BYTES = 2**29
-"""Full parameters that a ZeRO-3 rank holds at a time while weights are packed or saved."""
+"""Bytes of full parameters that a ZeRO-3 rank holds at a time while weights are packed or saved."""
 
 SHARD_BYTES = 5 * 2**30
-"""Weights above it are written as several files with transformers' index."""
+"""Larger weights are written as several files with transformers' index."""
 
 
 def save_policy(
@@ -33,16 +33,17 @@ def save_policy(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[WrittenFile]:
-    """Write the weights, which come in the order of `metas`, config, generation config and the code of a model that
-    brings its own; return the weights' files.
+    """Write the weights, which come in the order of `metas`, the config, the generation config and, if the model brings
+    its own, its code; return the weights' files.
 
-    They come under the names they have in the model, and are written under those of a checkpoint.
-    Raises ValueError, before anything is written, if a parameter of the architecture is not among them.
+    The weights come under their names in the model and are written under those of a checkpoint. Raises ValueError,
+    before anything is written, if a parameter of the architecture is missing.
     """
     from transformers.dynamic_module_utils import custom_object_save
 
     with torch.device("meta"):
-        # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
+        # Copied because transformers writes the attention's name into the configuration, which the trained model
+        # shares.
         model = type(trained)._from_config(copy.deepcopy(trained.config), attn_implementation="eager")
     names = {meta.name for meta in metas}
     left = [name for name, _ in model.named_parameters() if name not in names]
@@ -71,7 +72,7 @@ def _write_shards(
     for i, shard in enumerate(shards, start=1):
         file = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         places |= {meta.name: file.name for meta in shard}
-        # The last shard takes the rest, so that a generator runs to its end.
+        # The last shard takes all that remains, so that a generator runs to its end.
         files.append(write_tensors(file, shard, weights if i == len(shards) else _first(weights, len(shard))))
     index = {"metadata": {"total_size": sum(meta.bytes for meta in metas)}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +85,8 @@ def _first(weights: Iterator[tuple[str, Tensor]], count: int) -> Iterator[tuple[
 
 
 def parameter_metas(module: nn.Module) -> list[TensorMeta]:
-    """Full shapes, also of parameters that ZeRO 3 has partitioned. An adapter's are not among them."""
+    """Metadata with full shapes, also of parameters that ZeRO 3 has partitioned. An adapter's parameters are left
+    out."""
     return [TensorMeta(name, p.dtype, full_shape(p)) for name, p in _plain_parameters(module)]
 
 
@@ -98,7 +100,7 @@ def gathered_parameters(
     """Yield (name in the model, full tensor) in the order of `parameter_metas`; all ranks iterate. An adapter is merged
     into copies.
 
-    ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
+    ZeRO-3 gathers `bucket_bytes` at a time and then frees them: copy what must outlive the iteration.
     """
     import deepspeed
 
@@ -120,6 +122,6 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def with_buffers(
     module: nn.Module, metas: Sequence[TensorMeta], weights: Iterable[tuple[str, Tensor]]
 ) -> tuple[list[TensorMeta], Iterator[tuple[str, Tensor]]]:
-    """`save_policy`'s second and third argument, with the module's persistent buffers."""
+    """Return the second and third argument of `save_policy`, with the module's persistent buffers added."""
     buffers = [TensorMeta(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in persistent_buffers(module)]
     return [*metas, *buffers], chain(weights, persistent_buffers(module))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 5.0
 MARGIN = 1.25
-"""Between the driver's deadline and that of the ranks' collective operations."""
+"""Ratio of the timeout of the ranks' collective operations to the driver's deadline."""
 
 
 class Trained(Protocol):
@@ -48,7 +48,7 @@ class Rank(ABC):
         return True
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port where the ranks meet (asked of rank 0)."""
+        """Return a host and a free port where the ranks meet (called on rank 0)."""
         import ray
 
         host = ray.util.get_node_ip_address()
@@ -61,7 +61,7 @@ class Rank(ABC):
 
         torch.manual_seed(self.config.seed)
         trainer = self.config.trainer
-        # The deadlines of the driver's waits come first: they say who waited for what.
+        # The driver's deadlines expire first, because its messages say who waited for what.
         seconds = max(trainer.step_timeout_seconds, trainer.startup_timeout_seconds) * MARGIN
         init_process_group(self.rank, ranks, host, port, self.config.cluster.device, seconds)
         loaded = self.load()
@@ -69,7 +69,8 @@ class Rank(ABC):
         return loaded
 
     def release_cache(self) -> None:
-        """On a GPU that others share: give back what torch's allocator keeps, before an engine wakes there."""
+        """On a GPU that others share, release the memory that torch's allocator caches, before an engine wakes
+        there."""
         import torch
 
         if shares_gpus(self.config.cluster) and torch.cuda.is_available():
@@ -93,7 +94,7 @@ class Rank(ABC):
         reload(self.trained.engine)
 
     def checkpoint_bytes(self) -> int:
-        """What `save_state` writes, apart from random states; subclasses add their own files."""
+        """Bytes that `save_state` writes, except random states; subclasses add their own files."""
         from rlkit.learner.state import state_metas
         from rlkit.weights.tensor_file import file_bytes
 
@@ -114,7 +115,7 @@ class Rank(ABC):
         return self.trained.counters(), written
 
     def load_state(self, file: str, counters: dict[str, int]) -> None:
-        """A rank that the saved run did not have keeps its own random state."""
+        """Restore the state. A rank that the saved run did not have keeps its own random state."""
         import torch
         from safetensors.torch import load_file
 
@@ -143,7 +144,7 @@ class RankGroup:
         gpus: float,
         place: Place,
     ) -> None:
-        """`name`: of the log files. `gpus`: what each rank asks Ray for."""
+        """`name`: used for the log files. `gpus`: number that each rank requests from Ray."""
         import ray
 
         self.name, self.trainer_config, self.section = name, config.trainer, section
@@ -168,16 +169,16 @@ class RankGroup:
         return await self.call("start", len(self.ranks), host, port)
 
     async def checkpoint_bytes(self) -> int:
-        """What a checkpoint of now will take on disk, nearly."""
+        """Approximate disk space of a checkpoint taken now."""
         return sum(await self.answers("checkpoint_bytes", [self.ranks[0].checkpoint_bytes.remote()]))
 
     async def save_state(self, file: Path) -> tuple[dict[str, int], WrittenFile]:
-        """Write everything that training changed; return the counters for `load_state`, and what was written."""
+        """Write everything that training changed; return the counters for `load_state`, and the file."""
         counters, written = await self.call("save_state", str(file))
         return counters, written
 
     async def load_state(self, file: Path, counters: dict[str, int]) -> None:
-        """Restore, with any number of ranks and any ZeRO stage."""
+        """Restore the state, with any number of ranks and any ZeRO stage."""
         await self.call("load_state", str(file), counters)
 
     async def offload(self) -> None:
@@ -186,13 +187,13 @@ class RankGroup:
             self.offloaded = True
 
     async def reload(self) -> None:
-        """Needed after `offload` before anything but the weights is used."""
+        """Undo `offload`; required before anything but the weights is used."""
         if self.offloaded:
             await self.call("reload")
             self.offloaded = False
 
     async def watch(self) -> NoReturn:
-        """Raises RayActorError soon after a rank dies, even when nothing is asked of it."""
+        """Raise RayActorError soon after a rank dies, even if no call is pending."""
         while True:
             await asyncio.gather(*(rank.alive.remote() for rank in self.ranks))  # a busy rank answers later
             await asyncio.sleep(WATCH_SECONDS)
@@ -202,14 +203,14 @@ class RankGroup:
         return (await self.answers(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     async def call_each(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        """Call a method on every rank with the share of its replica alone; return one result of each replica."""
+        """Call a method on every rank with its replica's share; return one result per replica."""
         of_ranks = [share for share in shares for _ in range(self.section.sequence_parallel)]
         ranks = zip(self.ranks, of_ranks, strict=True)
         results = await self.answers(method, [getattr(rank, method).remote(share) for rank, share in ranks])
         return results[:: self.section.sequence_parallel]
 
     async def answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
-        """Raises WaitedTooLongError, naming the ranks that have not answered."""
+        """Await the calls. Raises WaitedTooLongError, naming the ranks that have not answered."""
         missing = set(range(len(calls)))
 
         async def one(rank: int, call: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Log-probs of the reference policy on recorded responses: computed once, then the reference is not needed."""
+"""Log-probs of the reference policy on recorded responses: computed once, after which the reference is not needed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rlkit.experience.types import FloatArray
 
 KEY_BYTES = 16
 PIECES, PIECE_BYTES = 1024, 4096
-"""Of each weights file, at equal distances, that tell models apart: some of them lie in every tensor of a size."""
+"""Pieces of each weights file, evenly spaced, that tell models apart: every large tensor contains some of them."""
 SAVED_AT_ONCE = 64
-"""Calls of `compute` after which what they gave is saved."""
+"""Save the results after this many calls of `compute`."""
 Compute = Callable[[Sequence[Group]], Awaitable[Sequence[FloatArray]]]
-"""[T] of every sample, in order."""
+"""Returns log-probs [T] of every sample, in order."""
 
 
 class ReferenceError(UserError): ...
 
 
 def fingerprint(folder: Path, *facts: object) -> bytes:
-    """Of a model's weights, and of what else its log-probs depend on."""
+    """Hash of a model's weights, and of the facts on which its log-probs also depend."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=KEY_BYTES)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
         size = file.stat().st_size
@@ -42,10 +42,10 @@ def fingerprint(folder: Path, *facts: object) -> bytes:
 
 
 class ReferenceCache:
-    """Rows by a hash of model, prompt and response, in one safetensors file."""
+    """Log-prob rows by a hash of model, prompt and response, in one safetensors file."""
 
     def __init__(self, file: Path, model: bytes) -> None:
-        """`model`: its fingerprint. Raises ReferenceError for a file that is no such cache."""
+        """`model`: its fingerprint. Raises ReferenceError if the file is not such a cache."""
         self.file, self.model = file, model
         self.rows = self._saved()
 
@@ -63,15 +63,15 @@ class ReferenceCache:
             ) from error
 
     def of(self, groups: Sequence[Group]) -> list[FloatArray]:
-        """[T] of every sample, in order. Raises ReferenceError for a response that was not filled in."""
+        """Log-probs [T] of every sample, in order. Raises ReferenceError for a response that is not in the cache."""
         try:
             return [self.rows[self._key(group.prompt, sample)] for group in groups for sample in group.samples]
         except KeyError:
             raise ReferenceError(f"{self.file} has no reference log-probs for some of the data: delete it") from None
 
     async def fill(self, groups: Iterable[Group], compute: Compute, at_once: int) -> int:
-        """Compute what is missing, `at_once` groups at a time, and save now and then; return how many samples that
-        were."""
+        """Compute what is missing, `at_once` groups at a time, saving at intervals; return the number of samples
+        computed."""
         missing: Iterator[Group] = (group for group in groups if not self._known(group))
         count = calls = 0
         while some := list(islice(missing, at_once)):
@@ -94,7 +94,7 @@ class ReferenceCache:
         return digest.digest()
 
     def _save(self) -> None:
-        """What another run has saved meanwhile stays."""
+        """Write the file, keeping what another run has saved in the meantime."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.rows = {**self._saved(), **self.rows}
         partial = self.file.with_name(f".{self.file.name}.{socket.gethostname()}.{os.getpid()}")

@@ -23,7 +23,7 @@ from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack
 
 
 class Source(WeightSource):
-    """The policy's weights as vLLM's senders expect them; `digest` is of the last pass."""
+    """The policy's weights as vLLM's senders expect them; `digest` is that of the last pass."""
 
     def __init__(self, learner: PolicyLearner, bucket_bytes: int) -> None:
         self.learner, self.bucket_bytes = learner, bucket_bytes
@@ -37,7 +37,7 @@ class Source(WeightSource):
         for name, tensor in self.learner.named_weights(self.bucket_bytes):
             if self.learner.rank == 0:
                 self.digest.add(name, tensor)
-            yield name, tensor.clone() if partitioned else tensor  # packed later, when ZeRO-3 has taken it back
+            yield name, tensor.clone() if partitioned else tensor  # packed later, after ZeRO-3 has freed it
 
 
 class Workers:
@@ -49,7 +49,7 @@ class Workers:
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM gives every engine the same rank in the group; here each gets its own, after the learner's."""
+        """Give each engine its own rank in the group, after the learner's; vLLM would give all of them the same one."""
         self._ask("shutdown_weight_transfer_engine", {})
         places = (
             {"rank_offset": init_info["rank_offset"] + i * self.gpus_per_engine} if "rank_offset" in init_info else {}
@@ -61,7 +61,7 @@ class Workers:
         self._ask("start_weight_update", {})
 
     def update_weights(self, update_info: Any) -> None:
-        """Return when all workers have received them."""
+        """Return once all workers have received the weights."""
         self._ask("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -115,7 +115,7 @@ class GlooSender(NCCLTrainerWeightTransferEngine):
 
 
 class WeightSender:
-    """One rank's part in sending weights; every rank makes one and makes equal calls."""
+    """One rank's part in sending weights; every rank creates one and makes the same calls."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class WeightSender:
         seconds: float,
         address: Callable[[], tuple[str, int]],
     ) -> None:
-        """`address`: a host and a free port where rank 0 can be reached."""
+        """`address`: returns a host and a free port where rank 0 can be reached."""
         self.learner, self.route, self.bucket_bytes = learner, route, bucket_bytes
         self.gpus_per_engine, self.seconds, self.address = gpus_per_engine, seconds, address
         self.source = Source(learner, bucket_bytes)
@@ -136,12 +136,12 @@ class WeightSender:
     def send(self, workers: Sequence[Any], version: int) -> str:
         """Send the current weights to ready workers; return their checksum (on rank 0)."""
         met = [worker._actor_id for worker in workers]
-        if self._engine is None or met != self._met:  # the first time, and when a worker was replaced
+        if self._engine is None or met != self._met:  # the first time, and after a worker was replaced
             if self._engine is not None:
                 self._engine.shutdown()
             self._engine, self._met = self._meet(workers), met
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # vLLM packs on streams of its own, which do not wait for the optimizer's
+            torch.cuda.synchronize()  # vLLM packs on its own streams, which do not wait for the optimizer's
         self._engine.client.version = version
         self._engine.send_weights()
         return self.source.digest.hexdigest() if self.learner.rank == 0 else ""
@@ -150,7 +150,7 @@ class WeightSender:
         client = Workers(workers, self.gpus_per_engine, self.seconds)
         rank = self.learner.rank
         if self.route == "ipc":
-            # One buffer is used again and again, and vLLM refuses a tensor that does not fit into it.
+            # One buffer is reused for everything, and vLLM refuses a tensor that does not fit into it.
             size = max(self.bucket_bytes, *(meta.bytes for meta in self.learner.weight_metas()))
             shared = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, rank=rank)
             return IPCTrainerWeightTransferEngine.trainer_init(shared, client=client, source=self.source)

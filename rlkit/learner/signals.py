@@ -1,4 +1,4 @@
-"""What the update computes of each token of the samples that are recorded: kept on the ranks, joined in the driver."""
+"""What the update computes for each token of the recorded samples: kept on the ranks, joined in the driver."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from rlkit.tracking.tokens import Signals
 
 
 class Seen(NamedTuple):
-    """Of one micro-batch."""
+    """Signals of one micro-batch."""
 
     names: tuple[str, ...]
     lengths: Mapping[int, int]
-    """By sample, in the order of the rows."""
+    """Number of rows of each sample, in the order of the rows."""
     rows: FloatArray
-    """[names, tokens of these samples]"""
+    """[names, tokens of these samples] values."""
 
 
 @dataclass
 class Watch:
-    """What a rank's losses say in their first pass over each watched sample."""
+    """Signals from a rank's first pass over each watched sample."""
 
     _seen: list[tuple[tuple[str, ...], dict[int, int], Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, watched: Mapping[int, tuple[int, int]], inputs: LossInputs, output: LossOutput) -> None:
-        """`watched`: samples of the micro-batch, their rows [start, end)."""
-        known = {sample for _, lengths, _ in self._seen for sample in lengths}  # a further epoch
+        """Record the signals; `watched`: samples of the micro-batch with their rows [start, end)."""
+        known = {sample for _, lengths, _ in self._seen for sample in lengths}  # recorded in an earlier epoch
         fresh = {sample: rows for sample, rows in watched.items() if sample not in known}
         if not fresh:
             return
@@ -46,7 +46,7 @@ class Watch:
         self._seen.append((tuple(signals), {sample: end - start for sample, (start, end) in fresh.items()}, rows))
 
     def seen(self) -> list[Seen]:
-        """Arrays: only now is a GPU waited for."""
+        """Return the signals as arrays; the GPU is only waited for here."""
         return [Seen(names, lengths, rows.cpu().numpy()) for names, lengths, rows in self._seen]
 
 

@@ -1,4 +1,5 @@
-"""Full fp32 state of a DeepSpeed engine, tensor by tensor: another number of ranks or ZeRO stage can resume from it."""
+"""Full fp32 state of a DeepSpeed engine, tensor by tensor: a run with other ranks or another ZeRO stage can resume from
+it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ WEIGHT, STEP = "weight", "optimizer_step"
 
 
 def state_metas(engine: Any) -> list[TensorMeta]:
-    """What `state_tensors` yields: `optimizer_step`, then of every trained parameter `weight/NAME`, `exp_avg/NAME` and
-    `exp_avg_sq/NAME`. There are no moments before the first optimizer step."""
+    """Metadata of what `state_tensors` yields: `optimizer_step`, then `weight/NAME`, `exp_avg/NAME` and
+    `exp_avg_sq/NAME` of every trained parameter. There are no moments before the first optimizer step."""
     keys = (WEIGHT, *MOMENTS) if _steps(engine) else (WEIGHT,)
     return [
         TensorMeta(STEP, torch.int64, ()),
@@ -43,12 +44,12 @@ def state_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:
-    """`state_tensors`, copied to the CPU."""
+    """Return `state_tensors`, copied to the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in state_tensors(engine)}
 
 
 def save_full_state(engine: Any, file: Path, *, write: bool) -> WrittenFile | None:
-    """Write it where `write`; all ranks call it, as ZeRO gathers on all."""
+    """Write the state on ranks with `write`; all ranks call it, because ZeRO gathers on all."""
     if write:
         return write_tensors(file, state_metas(engine), state_tensors(engine))
     for _ in state_tensors(engine):
@@ -57,7 +58,7 @@ def save_full_state(engine: Any, file: Path, *, write: bool) -> WrittenFile | No
 
 
 def load_full_state(engine: Any, state: Mapping[str, Tensor] | TensorFile) -> None:
-    """All ranks call it. Raises ValueError, naming a tensor, if the state belongs to another model."""
+    """Restore the state. All ranks call it. Raises ValueError, naming a tensor, if it belongs to another model."""
     import deepspeed
 
     _check(engine, state)
@@ -71,7 +72,7 @@ def load_full_state(engine: Any, state: Mapping[str, Tensor] | TensorFile) -> No
             torch.no_grad(),
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=_stage(engine) == 3),
         ):
-            parameter.data.copy_(value)  # the copy that computes; ZeRO keeps the fp32 masters apart from it
+            parameter.data.copy_(value)  # the copy used in computation; ZeRO keeps the fp32 masters separately
         for key in MOMENTS if steps else ():
             _set(engine, parameter, key, state[f"{key}/{name}"].to(parameter.device))
 
@@ -136,7 +137,7 @@ def _make_moments(engine: Any, steps: int) -> None:
 
 
 def _link_moments(engine: Any) -> None:
-    """Let ZeRO 1 and 2 find the moments: DeepSpeed 0.19 links only those of the first parameter group."""
+    """Make the moments visible to ZeRO 1 and 2: DeepSpeed 0.19 links only those of the first parameter group."""
     if _stage(engine) not in (1, 2):
         return
     from deepspeed.utils import lazy_init_hp_params_optimizer_state

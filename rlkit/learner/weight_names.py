@@ -1,7 +1,7 @@
 """Weights under the names and in the shapes of the checkpoint, which transformers changes on loading.
 
-Experts are fused when they are read, for example. The way back is that of `save_pretrained`
-(transformers.core_model_loading.revert_weight_conversion), a parameter at a time.
+For example, it fuses experts when it reads them. This is undone as in `save_pretrained`
+(transformers.core_model_loading.revert_weight_conversion), one parameter at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlkit.weights.bundle import TensorMeta
 
 class CheckpointNames:
     def __init__(self, model: Any, metas: Sequence[TensorMeta]) -> None:
-        """`metas`: of the model's parameters, in the order in which they will come."""
+        """`metas`: metadata of the model's parameters, in the order in which they will come."""
         self._model = model
         renamings, converters = _reversed(model)
         groups: dict[str, list[str]] = {}
@@ -37,7 +37,8 @@ class CheckpointNames:
         self.metas = [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in self.convert(empty)]
 
     def convert(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield what `metas` says. Several parameters that make up one tensor are copied until the last has come."""
+        """Yield the tensors that `metas` lists. Parameters that make up one tensor are copied until the last one has
+        come."""
         waiting: dict[str, Tensor] = {}
         for name, tensor in weights:
             group = self._groups[name]
@@ -49,7 +50,7 @@ class CheckpointNames:
 
 
 def _reversed(model: Any) -> tuple[list[Any], list[Any]]:
-    """As `revert_weight_conversion` does: renamings and converters from the model's names to the checkpoint's."""
+    """Renamings and converters from the model's names to the checkpoint's, as in `revert_weight_conversion`."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         every = get_model_conversion_mapping(model, add_legacy=False)

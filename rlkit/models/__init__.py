@@ -1,2 +1,2 @@
-"""Models on ragged sequences: packing without padding, packed attention, chunked log-probs. torch and transformers
-only."""
+"""Models on ragged sequences: packing without padding, packed attention, chunked log-probs. Depends only on torch and
+transformers."""

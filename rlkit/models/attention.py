@@ -1,7 +1,7 @@
-"""Attention over packed tokens, for transformers' models: `rlkit_packed`.
+"""Attention over packed tokens for transformers' models: `rlkit_packed`.
 
-Each piece of a packed batch attends to its own sequence: causally, within a window or within chunks,
-with soft-capped scores and sinks where the model has them. Queries of a shared prefix attend once.
+Each piece of a packed batch attends to its own sequence: causally, within a window or within chunks, with soft-capped
+scores and sinks if the model has them. Queries of a shared prefix attend only once.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from rlkit.models.sequence import SequenceRanks
 PACKED_ATTENTION = "rlkit_packed"
 WIDEST_FLASH_HEAD = 256
 SCORES_PER_BLOCK = 2**25
-"""Attention scores that exist at once where they are computed explicitly."""
+"""Attention scores held in memory at a time where they are computed explicitly."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query at position i of its sequence sees among those up to i: what transformers' mask says."""
+    """Which keys, among those up to position i of its sequence, a query at position i sees: taken from transformers'
+    mask."""
 
     window: int | None = None
-    """The last `window` of them."""
+    """Only the last `window` of them."""
     chunk: int | None = None
-    """Those of its own chunk of this length."""
+    """Only those in its own chunk of this length."""
 
     def within(self, length: int) -> Pattern:
-        """Without what makes no difference to sequences of `length` tokens."""
+        """Drop the limits that make no difference to sequences of `length` tokens."""
         return Pattern(
             window=self.window if self.window is not None and self.window < length else None,
             chunk=self.chunk if self.chunk is not None and self.chunk < length else None,
         )
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions that broadcast -> bool."""
+        """Whether queries see keys, given positions that broadcast: bool."""
         seen = keys <= queries
         if self.window is not None:
             seen = seen & (keys > queries - self.window)
@@ -72,8 +73,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, E] -> [1, T, Hq, E].
 
-    T: tokens of the batch, or those that this one of `ranks` holds. `softcap` c caps scores z at c * tanh(z / c);
-    `s_aux` [Hq] are sinks: scores of a key without a value. Raise ValueError for what else changes attention.
+    T: tokens of the batch, or those that this rank among `ranks` holds. `softcap` c caps scores z at c * tanh(z / c);
+    `s_aux` [Hq] are sinks: scores of a key without a value. Raise ValueError for anything else that changes attention.
     """
     name = type(module).__name__
     if packed is None:
@@ -103,7 +104,7 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         attended = _bucketed(q, k, v, packed, pattern, _Explicit(scale, softcap, s_aux))
     else:
-        # Flash kernels want keys and values of one width; zeros change neither scores nor outputs.
+        # Flash kernels need keys and values of the same width; zeros change neither scores nor outputs.
         width = max(key.shape[-1], value.shape[-1])
         q, k, v = (nn.functional.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
         half = query.dtype in (torch.bfloat16, torch.float16)
@@ -118,7 +119,7 @@ def packed_attention(
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, pattern: Pattern, scale: float) -> Tensor:
-    """[T, H, D] each -> [T, Hq, D] by torch's variable-length flash attention, without padding.
+    """[T, H, D] each -> [T, Hq, D], computed by torch's variable-length flash attention without padding.
 
     It aligns the last query of a piece with its last key.
     """
@@ -150,7 +151,7 @@ def _bucketed(
 ) -> Tensor:
     """[T, H, D] each -> [T, Hq, E], one padded call per bucket of similar lengths.
 
-    Padding follows every real token, so the causal rule alone hides it.
+    Padding comes after all real tokens, so the causal rule is enough to hide it.
     """
     queries, keys = ([getattr(bucket, side) for bucket in packed.buckets] for side in ("queries", "keys"))
     inputs = (_grids(tensor, grids) for tensor, grids in ((query, queries), (key, keys), (value, keys)))
@@ -171,7 +172,7 @@ class _Fused:
         seen = None
         if not causal:
             seen = pattern.sees(bucket.positions[:, None, :, None], torch.arange(k.shape[2], device=k.device))
-        if q.is_cuda:  # of its kernels flash alone takes grouped heads; without one all scores would exist at once
+        if q.is_cuda:  # only its flash kernel supports grouped heads; the others would hold all scores at once
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         return nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -180,7 +181,7 @@ class _Fused:
 
 @dataclass(frozen=True)
 class _Explicit:
-    """Scores computed in fp32, block by block; the backward pass computes them again if there are several."""
+    """Scores computed in fp32, block by block; if there are several blocks, the backward pass recomputes them."""
 
     scale: float
     softcap: float | None
@@ -198,7 +199,7 @@ class _Explicit:
             blocks = []
             for first in range(0, length, columns):
                 some_queries = slice(first, first + columns)
-                # the keys that any query of the block can see
+                # the keys that any query of the block may see
                 low = 0 if pattern.window is None else max(0, bucket.starts[0] + first - pattern.window + 1)
                 high = min(k.shape[2], bucket.starts[1] + first + columns)
                 inputs = (
@@ -223,7 +224,7 @@ class _Explicit:
         scores = (queries @ k.float().transpose(2, 3)).view(n, heads, length, -1) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        # A finite value: a padding query may see no key of its block.
+        # Finite, because a padding query may see no key of its block.
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         if self.sinks is not None:
             sinks = self.sinks.float().view(1, heads, 1, 1).expand(n, heads, length, 1)
@@ -234,21 +235,21 @@ class _Explicit:
 
 
 def _grids(rows: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
-    """[T, H, D] at [n, L] each -> [n, H, L, D] each; taken at once, since the backward pass of each taking fills and
-    adds T rows."""
+    """[T, H, D] at [n, L] each -> [n, H, L, D] each; taken all at once, because each separate take would fill and add T
+    rows in its backward pass."""
     taken = _take(rows, torch.cat([some.reshape(-1) for some in indices])).split([some.numel() for some in indices])
     return [own.view(*some.shape, *rows.shape[1:]).transpose(1, 2) for own, some in zip(taken, indices, strict=True)]
 
 
 def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices]; its backward is one index_add, which is fast on CPU too."""
+    """Return rows[indices]; the backward pass is one index_add, which is fast on CPU too."""
     return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 
 def packed_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Pattern | None:
-    """The pattern of transformers' mask function; None if it is causal and nothing else.
+    """Return the pattern of transformers' mask function; None if it is only causal.
 
-    Many models tell windows and chunks by their mask alone. Raise ValueError for other patterns.
+    Many models express windows and chunks only in their mask. Raise ValueError for other patterns.
     """
     parts = list(_parts(mask_function))
     windows = [value for name, value in parts if name == "sliding_window_overlay" and value is not None]
@@ -261,7 +262,7 @@ def packed_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Patter
 
 
 def _parts(mask_function: Any) -> Iterator[tuple[str, int | None]]:
-    """Names of what transformers has composed by `and`, with the length that each encloses (masking_utils.py)."""
+    """Yield the names of the masks that transformers has combined by `and`, each with its length (masking_utils.py)."""
     name = getattr(mask_function, "__qualname__", repr(mask_function)).partition(".<locals>")[0]
     cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     if name == "and_masks":

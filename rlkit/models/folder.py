@@ -1,4 +1,4 @@
-"""Where a model lies (a folder, or one of the tiny models in the package), its shape and size, without loading it."""
+"""Where a model is (a folder, or one of the tiny models in the package), its shape and size, without loading it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from rlkit.experience import UserError
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 PREFIX = "embedded:"
 WORKING_FOLDER = "RLKIT_WORKING_FOLDER"
-"""The driver's, in the environment of a run's actors."""
+"""Environment variable of a run's actors that names the driver's working folder."""
 
 
 def enter_working_folder() -> None:
-    """In an actor, before it reads a file: relative paths are the driver's, if this machine has its folder."""
+    """In an actor, before it reads a file: resolve relative paths as the driver does, if this machine has its
+    folder."""
     folder = os.environ.get(WORKING_FOLDER)
     if folder and Path(folder).is_dir():
         os.chdir(folder)
 
 
 def model_folder(path: str) -> Path:
-    """`embedded:<name>` is a tiny model inside the package. Raise ValueError for an unknown name."""
+    """Return the folder of a model; `embedded:<name>` is a tiny one in the package. Raise ValueError for an unknown
+    name."""
     if not path.startswith(PREFIX):
         return Path(path).expanduser().absolute()
     folder = EMBEDDED / path.removeprefix(PREFIX)
@@ -41,13 +43,13 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class ModelFolderError(UserError, ValueError):
-    """A folder that is no usable model; the message names what is missing and the remedy."""
+    """A folder is not a usable model; the message names what is missing and the remedy."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
     parameters: int | None
-    """From the safetensors headers; None if the weights are in another format."""
+    """Number of parameters, from the safetensors headers; None if the weights are in another format."""
     layers: int
     kv_heads: int
     head_dim: int
@@ -56,17 +58,17 @@ class ModelShape:
     hidden: int
     heads: int
     intermediate: int
-    """Width of the MLP that a token passes: of all experts chosen for it, in a mixture of experts."""
+    """Width of the MLP that a token goes through; in a mixture of experts, over all experts chosen for it."""
     largest: int
-    """Elements of the largest tensor: of the embedding, or of a layer's fused experts."""
+    """Elements of the largest tensor: the embedding, or a layer's fused experts."""
     tied: bool
-    """The head is the embedding."""
+    """Whether the head is the embedding."""
     adapter: int | None = None
-    """Parameters of an adapter that is trained in place of the model's own."""
+    """Parameters of an adapter that is trained instead of the model's own."""
 
     @property
     def whole(self) -> float:
-        """Parameters; 0 if they are not known."""
+        """Number of parameters; 0 if it is not known."""
         return float(self.parameters or 0)
 
     @property
@@ -74,16 +76,17 @@ class ModelShape:
         return self.whole if self.adapter is None else float(self.adapter)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Key-value cache of one token, all layers."""
+        """Bytes of the key-value cache for one token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_element
 
     def shares_heads(self, count: int) -> bool:
-        """Whether `count` processes can divide the attention heads; key-value heads may also be repeated."""
+        """Whether `count` processes can divide the attention heads between them; key-value heads may also be
+        repeated."""
         return self.heads % count == 0 and (self.kv_heads % count == 0 or count % self.kv_heads == 0)
 
 
 def check_model_folder(path: str) -> ModelShape:
-    """The shape of the model at `path`. Raises ModelFolderError if it is not a usable model."""
+    """Return the shape of the model at `path`. Raises ModelFolderError if it is not a usable model."""
     try:
         folder = model_folder(path).expanduser()
     except ValueError as error:
@@ -136,7 +139,7 @@ _OTHER_NAMES = {
     "hidden_size": ("n_embd", "d_model"),
     "max_position_embeddings": ("n_positions", "max_seq_len"),
 }
-"""Of GPT-2, GPT-J, GPT-Neo, Bloom, MPT: transformers' `attribute_map`."""
+"""Names used by GPT-2, GPT-J, GPT-Neo, Bloom and MPT: transformers' `attribute_map`."""
 
 
 def _usual_names(text: dict[str, Any]) -> dict[str, Any]:
@@ -159,18 +162,18 @@ def _intermediate(text: dict[str, Any], hidden: int) -> int:
 
 
 def _tensor_sizes(folder: Path) -> dict[str, int]:
-    """Elements of every tensor; empty if the weights are in another format."""
+    """Number of elements of every tensor; empty if the weights are in another format."""
     return {
         name: math.prod(shape) for file in sorted(folder.glob("*.safetensors")) for name, shape in _tensor_shapes(file)
     }
 
 
 NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
-"""Parts of the names of matrices that are embeddings, or the head."""
+"""Parts of the names of matrices that are embeddings or the head."""
 
 
 def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Linear layer -> shape of its weight, of all but the head; empty if the weights are in another format."""
+    """Linear layer -> shape of its weight, for all but the head; empty if the weights are in another format."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for file in sorted(folder.glob("*.safetensors"))
@@ -180,7 +183,7 @@ def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """From the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
+    """Read names and shapes from the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None

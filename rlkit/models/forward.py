@@ -1,6 +1,6 @@
-"""Hugging Face models run on packed batches: as one packed row, or each sequence as a row of its own.
+"""Hugging Face models run on packed batches: as one packed row, or with each sequence as its own row.
 
-Which of the two is the model's attention: `rlkit_packed` was chosen at load where it is exact (selftest.py).
+The model's attention decides which: `rlkit_packed` is chosen at load if it is exact (selftest.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlkit.models.sequence import SequenceRanks
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Config fields of what models do to their logits after the head (`logits_scaling` of HyperCLOVA X multiplies)."""
+"""Config fields for what models do to their logits after the head (`logits_scaling` of HyperCLOVA X multiplies)."""
 
 
 class ModelLoadError(UserError, ValueError): ...
@@ -34,9 +34,9 @@ class PackedModel(nn.Module):
     """Maps a packed batch to numbers; `model` is the Hugging Face model."""
 
     ranks: SequenceRanks | None = None
-    """Those that compute each batch together."""
+    """The ranks that compute each batch together."""
     offloads: bool = False
-    """What the decoder keeps for the backward pass waits in host memory."""
+    """Keep what the decoder saves for the backward pass in host memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class PackedModel(nn.Module):
         self.ranks = ranks
 
     def _at(self, packed: PackedBatch, tokens: Tensor) -> tuple[Tensor, Tensor | slice, Callable[[Tensor], Tensor]]:
-        """Final hidden states of those of N packed tokens that this rank holds; their places among them; and what makes
-        one number for each the row [N] of all ranks."""
-        # Tensors on a CPU are copied, too.
+        """Return the final hidden states of those of N packed tokens that this rank holds, their places among the N,
+        and a function that joins one number for each into the row [N] of all ranks."""
+        # Tensors on a CPU are copied as well.
         with save_on_cpu(pin_memory=True) if self.offloads else nullcontext():
             hidden = hidden_states(self.model, packed, self.ranks)
         if self.ranks is None:
@@ -63,7 +63,7 @@ class PackedModel(nn.Module):
         return torch.index_select(hidden, 0, own), places, partial(self.ranks.joined, places=places, count=len(tokens))
 
     def _scores(self, packed: PackedBatch, tokens: Tensor) -> Tensor:
-        """[N] fp32, read at N packed tokens."""
+        """Scores [N] in fp32, read at N packed tokens."""
         head: Any = self.model.score
         hidden, _, joined = self._at(packed, tokens)
         return joined(head(hidden)[:, 0].float())
@@ -82,7 +82,7 @@ class PackedCausalLM(PackedModel):
     def forward(
         self, packed: PackedBatch, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs [R] of the packed batch's targets and entropies [R], both fp32."""
+        """Return log-probs [R] of the packed batch's targets and entropies [R], both fp32."""
         head: Any = self.model.get_output_embeddings()
         hidden, places, joined = self._at(packed, packed.rows)
         logprobs, entropy = head(
@@ -92,7 +92,7 @@ class PackedCausalLM(PackedModel):
 
 
 class Fp32Linear(nn.Linear):
-    """Computes in fp32 whatever its weights and inputs are, and returns fp32."""
+    """Computes in fp32 and returns fp32, whatever the dtype of its weights and inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -109,7 +109,7 @@ class PackedScorer(PackedModel):
         _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
-        """Raw scores [N], fp32."""
+        """Return raw scores [N], fp32."""
         return self._scores(packed, packed.last)
 
 
@@ -121,7 +121,7 @@ class PackedValueModel(PackedModel):
         _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
-        """Values [R], fp32, of the states in which the packed batch's targets are chosen."""
+        """Return values [R], fp32, of the states in which the packed batch's targets are chosen."""
         return self._scores(packed, packed.rows)
 
 
@@ -131,7 +131,7 @@ def _score_in_fp32(model: Any) -> None:
 
 
 def logit_scale_and_cap(config: Any) -> tuple[float, float | None]:
-    """What the logits are multiplied by, and their soft cap."""
+    """The factor by which the logits are multiplied, and their soft cap."""
     text = config.get_text_config()
     divisors = () if text.model_type == "hyperclovax" else DIVISORS
     multipliers = (*MULTIPLIERS, *(name for name in DIVISORS if name not in divisors))
@@ -149,14 +149,14 @@ def runs_packed(model: PreTrainedModel) -> bool:
 
 
 def hidden_states(model: PreTrainedModel, packed: PackedBatch, ranks: SequenceRanks | None = None) -> Tensor:
-    """Final hidden states [T, D], or of the tokens that this one of `ranks` holds."""
+    """Final hidden states [T, D], or those of the tokens that this rank among `ranks` holds."""
     (hidden,) = _states(model, packed, lambda output: (output.last_hidden_state,), ranks)
     return hidden
 
 
 def layer_states(model: PreTrainedModel, packed: PackedBatch, layers: Sequence[int]) -> Tensor:
-    """[T, L, D] after L layers, numbered as in transformers: 0 is the embedding, -1 the final state."""
-    if list(layers) == [-1]:  # the others need not be kept
+    """Hidden states [T, L, D] after L layers, numbered as in transformers: 0 is the embedding, -1 the final state."""
+    if list(layers) == [-1]:  # then the other states need not be kept
         return hidden_states(model, packed)[:, None]
     states = _states(
         model, packed, lambda output: [output.hidden_states[layer] for layer in layers], output_hidden_states=True
@@ -171,7 +171,7 @@ def _states(
     ranks: SequenceRanks | None = None,
     **options: Any,
 ) -> list[Tensor]:
-    """[T, D] of each kept state [n, L, D] of the decoder's output."""
+    """Hidden states [T, D], one for each state [n, L, D] kept from the decoder's output."""
     decoder: Any = (
         model.base_model if model.base_model is not model else model.model
     )  # Llama 4's prefix names no module
@@ -188,7 +188,7 @@ def _states(
             **options,
         )
         return [state[0] for state in kept(output)]
-    # Padding follows every real token, and a causal model's tokens do not see what follows them.
+    # Padding comes after all real tokens, and tokens of a causal model do not see later ones.
     grids, collapse = _one_grid(packed) if _is_partitioned(model) else packed.sequence_grids
     calls = [kept(decoder(input_ids=packed.token_ids[grid], use_cache=False, **options)) for grid in grids]
     flat = [torch.cat([state.flatten(0, 1) for state in states]) for states in zip(*calls, strict=True)]
@@ -196,7 +196,7 @@ def _states(
 
 
 def _one_grid(packed: PackedBatch) -> tuple[list[Tensor], Tensor]:
-    """Like `sequence_grids`, but one."""
+    """Like `sequence_grids`, but always a single grid."""
     starts, lengths = packed.cu_lengths[:-1].long(), packed.cu_lengths.diff().long()
     columns = torch.arange(max(packed.lengths), device=starts.device)
     grid = packed.expand[starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)]
@@ -205,5 +205,5 @@ def _one_grid(packed: PackedBatch) -> tuple[list[Tensor], Tensor]:
 
 
 def _is_partitioned(model: PreTrainedModel) -> bool:
-    """Whether ZeRO 3 gathers parameters in each call: all ranks must then make equally many."""
+    """Whether ZeRO 3 gathers parameters in each call: all ranks must then make the same number of calls."""
     return hasattr(next(model.parameters()), "ds_id")

@@ -1,9 +1,9 @@
-"""Log-probs of given tokens and the entropy of their distribution, without a rows x vocabulary block.
+"""Log-probs of given tokens and the entropy of their distribution, without a full rows x vocabulary block.
 
 With z = cap(scale * (h W^T + b)) / temperature, cap(x) = softcap * tanh(x / softcap), p = softmax(z), H = -sum p log p:
     d logp_y / d z = onehot(y) - p     d H / d z = -p * (log p + H)     d cap(x) / d x = 1 - (cap(x) / softcap)^2
-The backward pass recomputes each chunk of logits, of the rows that have a gradient. In half precision logits are
-rounded once, as vLLM's are; softmax and all sums are fp32.
+The backward pass recomputes each chunk of logits, for rows with a gradient. In half precision, logits are
+rounded once, as in vLLM; softmax and all sums are fp32.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 ELEMENTS_PER_CHUNK = 2**25
-"""Logits at once. A vocabulary of 152k has 220 rows of them: fewer reread the head's weight too often."""
+"""Logits held at a time: 220 rows for a vocabulary of 152k. With fewer rows the head's weight is reread too often."""
 WEIGHT_ROWS_PER_BLOCK = 2**14
-"""Of the weight's gradient, where a product cannot be added in place."""
+"""Rows of the weight's gradient per block, where a product cannot be added in place."""
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -40,10 +40,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
             del logits
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -logp.exp().mul_(logp).sum(dim=1)
-            del logp  # before the next chunk
+            del logp  # freed before the next chunk
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.temperature, ctx.scale, ctx.softcap, ctx.chunk = temperature, scale, softcap, chunk
-        ctx.set_materialize_grads(False)  # a loss without an entropy term then skips that part of the backward pass
+        ctx.set_materialize_grads(False)  # so that a loss without an entropy term skips that part of the backward pass
         return logprobs, entropy
 
     @staticmethod
@@ -53,7 +53,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         grad_hidden = torch.zeros_like(hidden)
-        # Sums over rows are fp32 whatever the compute type, over all chunks. A frozen head (LoRA) has none.
+        # Sums over rows are fp32 whatever the compute dtype, across all chunks. A frozen head (LoRA) has none.
         weight_trains = ctx.needs_input_grad[1]
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight_trains else None
         grad_bias = None
@@ -83,7 +83,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad, rows_hidden)
             grad_hidden[rows] = grad.to(hidden.dtype) @ weight
-            del grad, slope  # before the next chunk
+            del grad, slope  # freed before the next chunk
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -97,7 +97,7 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """[R, V], fp32, before the temperature."""
+    """Logits [R, V], fp32, before the temperature."""
     logits = nn.functional.linear(hidden, weight, bias).float()
     if scale != 1.0:
         logits *= scale
@@ -107,11 +107,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
 
 
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, D] += grad [R, V]^T hidden [R, D], with fp32 sums and no second [V, D] block."""
+    """Compute total [V, D] += grad [R, V]^T hidden [R, D], with fp32 sums and no second [V, D] block."""
     if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
         total.addmm_(grad.T, hidden.float())
         return
-    grad = grad.to(hidden.dtype)  # for tensor cores
+    grad = grad.to(hidden.dtype)  # to use tensor cores
     for rows in _chunks(len(total), WEIGHT_ROWS_PER_BLOCK):
         total[rows] += torch.mm(grad[:, rows].T, hidden, out_dtype=torch.float32)
 
@@ -139,14 +139,14 @@ def selected_logprobs(
 class LogProbLinear(nn.Linear):
     """A language-model head that can return log-probs of given tokens instead of logits.
 
-    An existing head becomes one by `head.__class__ = LogProbLinear`: parameters, names and ties stay, and ZeRO-3's
-    hooks still gather the weight around the call.
+    Set `head.__class__ = LogProbLinear` to convert an existing head: it keeps its parameters, names and ties, and
+    ZeRO-3's hooks still gather the weight around the call.
     """
 
     scale: float = 1.0
-    """Of log-probs' logits: what the model multiplies its logits by after the head (Cohere, Granite: 1 / divisor)."""
+    """Factor of the logits behind log-probs, which the model applies after the head (Cohere, Granite: 1 / divisor)."""
     softcap: float | None = None
-    """Of log-probs' logits: the model's final soft cap (Gemma 2)."""
+    """Final soft cap of the logits behind log-probs (Gemma 2)."""
 
     def forward(  # type: ignore[override]
         self,
@@ -155,9 +155,10 @@ class LogProbLinear(nn.Linear):
         temperature: float = 1.0,
         elements_per_chunk: int = ELEMENTS_PER_CHUNK,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The head's own logits [..., V] without targets; log-probs, entropies [R] with targets [R] and input [R, D].
+        """Return the head's own logits [..., V] without targets; log-probs and entropies [R] for targets [R] and input
+        [R, D].
 
-        `scale` and `softcap` apply to the latter alone: a model applies its own to the former.
+        `scale` and `softcap` apply only to the latter: a model applies its own to the former.
         """
         if targets is None:
             return super().forward(input)

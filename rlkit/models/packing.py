@@ -1,4 +1,4 @@
-"""Ragged sequences as one flat row of tokens: a shared prefix passes the model once.
+"""Ragged sequences as one flat row of tokens: a shared prefix goes through the model once.
 
 >>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
 >>> batch.token_ids.tolist(), batch.position_ids.tolist()
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 SMALLEST_SHARE_OF_BUCKET = 0.75
-"""Sequences shorter than this share of a bucket's longest open a new one: bounds the attention's padding."""
+"""Sequences shorter than this share of a bucket's longest start a new bucket, which limits the padding in attention."""
 LEAST_SHARED_PREFIX = 16
-"""A shorter prefix attends once per sequence: a piece of its own would cost more than its repeated queries."""
+"""A shorter prefix attends once per sequence: a separate piece would cost more than its repeated queries."""
 KEYS_PER_TOKEN = 4
 """Attention keys that a micro-batch may hold for each token of its limit (`Tree.charged_tokens`).
 
-Keys and values of a shared prefix are copied for each suffix. A token costs a layer about 16 hidden sizes of kept
-activations, a copied key and value at most 2 (all heads) and mostly 1/4 to 1/2 (grouped heads): four keys for each
-token add at most a half, mostly less than an eighth.
+Keys and values of a shared prefix are copied for each suffix. In each layer a token takes about 16 hidden sizes of
+saved activations; a copied key and value take at most 2 (all heads), usually 1/4 to 1/2 (grouped heads). So four keys
+per token add at most a half, usually less than an eighth.
 """
 
 
@@ -43,17 +43,17 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """In a packed batch: the prefix counts once."""
+        """Tokens in a packed batch: the prefix counts once."""
         return len(self.prefix) + sum(len(suffix) for suffix in self.suffixes)
 
     @property
     def expanded_tokens(self) -> int:
-        """Of all sequences: the prefix counts in each."""
+        """Tokens of all sequences: the prefix counts in each."""
         return len(self.prefix) * len(self.suffixes) + sum(len(suffix) for suffix in self.suffixes)
 
     @property
     def attention_tokens(self) -> int:
-        """Keys that attention holds at once: the prefix counts for itself and in each sequence."""
+        """Keys that attention holds at a time: the prefix counts once for itself and once per sequence."""
         prefix = len(self.prefix)
         if not _shares(prefix, self.lengths):
             return self.expanded_tokens
@@ -66,11 +66,12 @@ class Tree:
 
     @property
     def charged_tokens(self) -> int:
-        """What counts against a micro-batch's limit: packed tokens, or attention's keys / KEYS_PER_TOKEN if more."""
+        """Tokens that count against a micro-batch's limit: packed tokens, or attention keys / KEYS_PER_TOKEN if that is
+        more."""
         return max(self.tokens, math.ceil(self.attention_tokens / KEYS_PER_TOKEN))
 
     def cut(self, limit: int) -> list[Tree]:
-        """Split into trees of at most `limit` expanded tokens, or one sequence, each."""
+        """Split into trees of at most `limit` expanded tokens, or of a single sequence."""
         parts: list[list[Sequence[int]]] = [[]]
         room = limit
         for suffix in self.suffixes:
@@ -86,14 +87,14 @@ class Tree:
 def shared_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     if not sequences:
         return ()
-    first, last = min(sequences), max(sequences)  # these two differ earliest
+    first, last = min(sequences), max(sequences)  # these two differ at the earliest position
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:length]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Pieces in a row: Q queries of which each attends to those of its piece's keys (K in all) up to itself.
+    """Concatenated pieces: each of the Q queries attends to its piece's keys (K in all) up to itself.
 
     The last query of a piece is its last key.
     """
@@ -109,7 +110,7 @@ class Runs:
     longest_query: int
     longest_key: int
     collapse: Tensor
-    """[T] int64: index of one of each packed token's copies among the queries."""
+    """[T] int64: for each packed token, the index of one of its copies among the queries."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Bucket:
     positions: Tensor
     """[n, L] int64: position of each query in its sequence."""
     starts: tuple[int, int]
-    """Least and greatest position of a row's first query."""
+    """Smallest and largest position of a row's first query."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class PackedBatch:
     expand: Tensor
     """[F] int64: packed index of each token of each sequence, sequence after sequence."""
     collapse: Tensor
-    """[T] int64: index of one of each packed token's copies among the F expanded ones."""
+    """[T] int64: for each packed token, the index of one of its copies among the F expanded ones."""
     cu_lengths: Tensor
     """[N+1] int32: starts of the sequences in the F expanded tokens."""
     lengths: tuple[int, ...]
@@ -148,11 +149,11 @@ class PackedBatch:
     last: Tensor
     """[N] int64: packed index of each sequence's last token."""
     tree_lengths: tuple[tuple[int, tuple[int, ...]], ...]
-    """Tokens of each tree's prefix and of its suffixes."""
+    """Number of tokens in each tree's prefix and suffixes."""
 
     @cached_property
     def runs(self) -> Runs:
-        """What attends to what, where attention needs no padding."""
+        """Attention layout without padding."""
         pieces = list(_pieces(self.tree_lengths))
         queries, keys = [query for query, _ in pieces], [key for _, key in pieces]
         device = self.token_ids.device
@@ -168,12 +169,13 @@ class PackedBatch:
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """What attends to what, padded."""
+        """Attention layout with padding."""
         return self._bucketed[0]
 
     @property
     def bucket_collapse(self) -> Tensor:
-        """[T] int64: index of one of each packed token's copies among the concatenated query rows of all buckets."""
+        """[T] int64: for each packed token, the index of one of its copies among the concatenated query rows of all
+        buckets."""
         return self._bucketed[1]
 
     @cached_property
@@ -190,8 +192,8 @@ class PackedBatch:
 
     @cached_property
     def sequence_grids(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Whole sequences: grids [n, L] int64 of packed indices, a row per sequence, short rows padded by repeating the
-        last. Also, like `bucket_collapse`, [T] int64 indices into the concatenated rows."""
+        """Grids [n, L] int64 of packed indices for whole sequences, one row per sequence, short rows padded by
+        repeating the last index; and, like `bucket_collapse`, [T] int64 indices into the concatenated rows."""
         sequences = np.split(self.expand.cpu().numpy(), np.cumsum(self.lengths)[:-1])
         members = [[sequences[i] for i in some] for some in _similar(range(len(sequences)), self.lengths)]
         device = self.token_ids.device
@@ -205,9 +207,9 @@ class PackedBatch:
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lay trees out as one flat row, in the order of the trees and of their suffixes.
+    """Lay out trees as one flat row, in the order of the trees and of their suffixes.
 
-    Raise ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
+    Raise ValueError if there are no trees, a sequence is empty, or a suffix has no prefix token to predict it.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -251,7 +253,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _starts(runs: Sequence[np.ndarray]) -> Tensor:
-    """[N+1] int32 of N runs in a row."""
+    """[N+1] int32: starts of N concatenated runs."""
     return torch.tensor([0, *np.cumsum([len(run) for run in runs])], dtype=torch.int32)
 
 
@@ -269,7 +271,8 @@ def _grid(runs: Sequence[np.ndarray]) -> Tensor:
 
 
 def _grid_collapse(grids: Sequence[Sequence[np.ndarray]], tokens: int) -> Tensor:
-    """[T] int64: index of one of each packed token's copies among the rows of the padded grids of these runs."""
+    """[T] int64: for each packed token, the index of one of its copies among the rows of the padded grids of these
+    runs."""
     collapse, offset = np.empty(tokens, dtype=np.int64), 0
     for runs in grids:
         width = max(len(run) for run in runs)
@@ -280,13 +283,13 @@ def _grid_collapse(grids: Sequence[Sequence[np.ndarray]], tokens: int) -> Tensor
 
 
 def _shares(prefix: int, suffixes: Sequence[int]) -> bool:
-    """Whether the prefix attends once for all suffixes. Takes lengths."""
+    """Whether the prefix attends only once for all suffixes, given their lengths."""
     return prefix >= LEAST_SHARED_PREFIX and sum(length > 0 for length in suffixes) > 1
 
 
 def _pieces(tree_lengths: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Packed indices of queries and of the keys of their sequence, up to the last query: of each whole sequence; or,
-    where its prefix attends once for several, of the prefix and of each suffix."""
+    """Yield packed indices of queries and of their sequence's keys up to the last query: for each whole sequence or,
+    where a prefix attends once for several, for the prefix and for each suffix."""
     start = 0
     for prefix, suffixes in tree_lengths:
         shared = np.arange(start, start + prefix)
@@ -305,7 +308,7 @@ def _pieces(tree_lengths: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[tup
 
 
 def _similar_pieces(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[list[int]]:
-    """Pieces that are whole sequences or prefixes, then pieces that follow a prefix."""
+    """Group similar pieces: first those that are whole sequences or prefixes, then those that follow a prefix."""
     queries, keys = [len(query) for query, _ in pieces], [len(key) for _, key in pieces]
     yield from _similar([i for i in range(len(pieces)) if queries[i] == keys[i]], keys)
     for members in _similar([i for i in range(len(pieces)) if queries[i] < keys[i]], keys):
@@ -313,7 +316,7 @@ def _similar_pieces(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator
 
 
 def _similar(indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Group by length, the longest first."""
+    """Group indices by length, longest first."""
     bucket: list[int] = []
     for i in sorted(indices, key=lambda i: -lengths[i]):
         if bucket and lengths[i] < SMALLEST_SHARE_OF_BUCKET * lengths[bucket[0]]:
@@ -325,7 +328,7 @@ def _similar(indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[in
 
 
 def split_by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Pack items into micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
+    """Pack items into nearly equally full micro-batches of at most `limit` tokens (or one larger item).
 
     First-fit decreasing; indices inside a micro-batch are ascending, and micro-batches are ordered by their first item.
     """

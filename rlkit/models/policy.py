@@ -1,4 +1,4 @@
-"""Loading Hugging Face models for packed batches: each runs the way in which it is exact (selftest.py)."""
+"""Loading Hugging Face models for packed batches, each with an attention under which it is exact (selftest.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlkit.models.selftest import choose_attention
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is float32 on CPU and bfloat16 elsewhere."""
+    """Return the torch dtype; `auto` is float32 on CPU and bfloat16 elsewhere."""
     if name == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
@@ -22,14 +22,14 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedCausalLM:
-    """Raise ModelLoadError with the remedy."""
+    """Load a causal language model. Raise ModelLoadError with the remedy."""
     model, info = _load(AutoModelForCausalLM, path, dtype, trust_remote_code)
     _refuse_missing(path, info)
     return PackedCausalLM(model)
 
 
 def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
-    """Raise ModelLoadError with the remedy."""
+    """Load a one-label sequence classifier. Raise ModelLoadError with the remedy."""
     model, info = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
     _refuse_missing(path, info)
     return PackedScorer(model)
@@ -38,7 +38,7 @@ def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool
 def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedValueModel:
     """Load a critic from the folder of a causal language model (or of a saved critic).
 
-    A head that is not in the folder starts at zero: all values are 0 until the critic has learnt.
+    A head that is not in the folder starts at zero: all values are 0 until the critic is trained.
     """
     model, info = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code, num_labels=1)
     if not (Path(path) / "config.json").read_text().count("ForSequenceClassification"):
@@ -50,7 +50,8 @@ def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code:
 
 
 def find_attention(path: str | Path, *, trust_remote_code: bool = False) -> str:
-    """How a causal language model runs (`choose_attention`), without loading it. Raise ModelLoadError if it cannot."""
+    """Return the attention of a causal language model (`choose_attention`) without loading it. Raise ModelLoadError if
+    none."""
     return choose_attention(_config(path, trust_remote_code), trust_remote_code=trust_remote_code)
 
 
@@ -90,7 +91,7 @@ def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
 
 def _refuse_not_finite(path: str | Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        tensor = getattr(parameter, "ds_tensor", parameter)  # of ZeRO 3 this rank's share
+        tensor = getattr(parameter, "ds_tensor", parameter)  # with ZeRO 3, this rank's share
         if tensor.numel() and not tensor.is_meta and not all(map(torch.isfinite, tensor.aminmax())):
             raise ModelLoadError(
                 f"model {path} holds numbers that are not finite, in {name}: the file is damaged, or training that "

@@ -1,7 +1,7 @@
-"""Whether log-probs of packed batches are those of plain transformers: tried at load on a small copy of the model.
+"""Checks whether log-probs of packed batches equal those of plain transformers, at load, on a small copy of the model.
 
-Two prompts with two responses each go through one packed row, and through rows of their own. Log-probs (scores of a
-classifier) and their gradients must equal those of each sequence alone under transformers' own attention.
+Two prompts with two responses each are run as one packed row, and with each sequence as its own row. Log-probs (scores
+for a classifier) and their gradients must equal those of each sequence alone under transformers' own attention.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from rlkit.models.small import small_copies
 log = logging.getLogger(__name__)
 
 LIMIT = 1e-3
-"""Largest difference of log-probs, and of gradients relative to the largest of their parameter, in fp32."""
+"""Largest allowed difference of log-probs, and of gradients relative to the largest of their parameter, in fp32."""
 ATTENTIONS = (PACKED_ATTENTION, "sdpa", "eager")
-"""The last two are transformers', for rows: eager computes what sdpa lacks (soft caps, sinks)."""
+"""The last two are transformers' own, which run row by row: eager computes what sdpa lacks (soft caps, sinks)."""
 SEEDS = (0, 1)
-"""Experts that tie may be chosen either way: what differs with one seed is tried with the other."""
+"""Experts with equal scores may be chosen either way: if results differ with one seed, the other is tried."""
 GAINS = (1.5, 0.7, 3.0, 0.2)
-"""Standard deviations of random weights, times the root of their inputs, until log-probs depend on the context."""
+"""Standard deviations of random weights x sqrt(their inputs), tried until log-probs depend on the context."""
 LEAST_EFFECT = 0.05
-"""Change of log-probs under another prompt: below it, the test would not see what leaks."""
-# The first prompt attends once for both responses, the second with each (packing.LEAST_SHARED_PREFIX).
+"""Smallest change of log-probs under another prompt: with less, the test would not detect leaks between sequences."""
+# In the first tree the prompt attends once for both responses, in the second once per response
+# (packing.LEAST_SHARED_PREFIX).
 TREES = (
     Tree(
         (11, 23, 35, 47, 59, 20, 32, 43, 55, 16, 28, 40, 52, 13, 25, 37, 49, 61),
@@ -49,7 +50,7 @@ TREES = (
 class Trial:
     attention: str
     difference: float
-    """Of log-probs and relative gradients, the larger; infinite after an error."""
+    """The larger of the differences of log-probs and of relative gradients; infinite after an error."""
     error: str = ""
 
     @property
@@ -62,7 +63,7 @@ class Trial:
 
 
 def choose_attention(config: Any, auto: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False) -> str:
-    """The attention under which the model is exact: packed, or transformers' own for rows.
+    """Return an attention under which the model is exact: packed, or transformers' own, row by row.
 
     Raise ModelLoadError with the model type and the differences if there is none.
     """
@@ -84,16 +85,16 @@ def choose_attention(config: Any, auto: Any = AutoModelForCausalLM, *, trust_rem
 
 
 _chosen: dict[tuple[Any, str], str] = {}
-"""What this process has found: policy and reference are of one configuration."""
+"""Results of this process: policy and reference share a configuration."""
 
 
 def try_attentions(config: Any, auto: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False) -> list[Trial]:
-    """One trial for each attention, until one is exact. Raise ModelLoadError for a model that cannot be tried."""
+    """Return one trial per attention, until one is exact. Raise ModelLoadError for a model that cannot be tried."""
     classifier = auto is AutoModelForSequenceClassification
 
     def build(small: Any, attention: str = "eager") -> nn.Module:
-        small = copy.deepcopy(small)  # transformers writes into it
-        if classifier:  # a score is read at the last token that is no padding
+        small = copy.deepcopy(small)  # because transformers modifies it
+        if classifier:  # a score is read at the last token that is not padding
             small.pad_token_id = small.get_text_config().pad_token_id = None
             small.num_labels = 1
         model: nn.Module = auto.from_config(
@@ -108,7 +109,7 @@ def try_attentions(config: Any, auto: Any = AutoModelForCausalLM, *, trust_remot
     for small in small_copies(config, build):
         try:
             test = _Test.of(small, build, classifier, SEEDS[0])
-        except Exception as error:  # whatever a model's code raises; the next copy is nearer to the original
+        except Exception as error:  # whatever a model's code raises; the next copy is closer to the original
             errors.append(_text(error))
             continue
         trials: list[Trial] = []
@@ -165,7 +166,7 @@ class _Test:
 
     @classmethod
     def of(cls, small: Any, build: Any, classifier: bool, seed: int) -> _Test:
-        """Raise what the model's own forward pass raises."""
+        """Create a test. Raise what the model's own forward pass raises."""
         trees = [_within(tree, small.get_text_config().vocab_size) for tree in TREES]
         others = [Tree(tuple(reversed(tree.prefix)), tree.suffixes) for tree in trees]
         for gain in GAINS:
@@ -183,15 +184,15 @@ class _Test:
             packed = pack(self.trees)
             values = PackedScorer(model)(packed) if self.classifier else PackedCausalLM(model)(packed)[0]
             return Trial(attention, self.expected.difference(_Numbers.of(model, values)))
-        except Exception as error:  # whatever a model's code raises when it is run as it was not meant to be
+        except Exception as error:  # whatever a model's code raises when it is run in a way it was not meant for
             return Trial(attention, float("inf"), _text(error))
 
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Whatever the caller is in: random numbers go on as if nothing had happened, gradients are kept.
+    """Isolate the test from the caller's context: the random state is restored, and gradients are always recorded.
 
-    Under ZeRO 3 a hook of all modules partitions what is loaded; the small copy must stay whole.
+    Under ZeRO 3 a hook on all modules partitions what is loaded; the small copy must stay whole.
     """
     hooks = torch.nn.modules.module._global_parameter_registration_hooks
     saved = dict(hooks)
@@ -205,14 +206,15 @@ def _apart() -> Iterator[None]:
 
 
 def _give_back() -> None:
-    """glibc keeps what was freed, up to 250 MB, for a process that will never need so much in small blocks again."""
+    """Return freed memory to the system: glibc keeps up to 250 MB, which the process will not need in small blocks
+    again."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _random(build: Any, small: Any, attention: str, seed: int, gain: float) -> Any:
-    """Equal weights for each attention, large enough that differences show."""
+    """Build a model with the same random weights for each attention, large enough for differences to show."""
     torch.manual_seed(seed)
     model = build(small, attention)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -228,7 +230,7 @@ def _random(build: Any, small: Any, attention: str, seed: int, gain: float) -> A
 
 
 def _plain(model: Any, trees: Sequence[Tree], classifier: bool) -> Tensor:
-    """Log-probs [R] of the suffixes, or scores [N], one sequence at a time."""
+    """Log-probs [R] of the suffixes, or scores [N], computed one sequence at a time."""
     values = []
     for tree in trees:
         for suffix in tree.suffixes:

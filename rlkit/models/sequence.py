@@ -1,8 +1,8 @@
 """One packed batch over several ranks: Ulysses' sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509).
 
-Of s ranks, rank r holds the packed tokens r, r + s, r + 2 s, ... in all layers. Only attention sees several tokens:
-before it ranks exchange tokens for heads, so that each has 1/s of the heads for all tokens, and afterwards they change
-back. What attends to what is the whole batch's, a shared prefix included. Each rank has the logits of its own tokens.
+Of s ranks, rank r holds the packed tokens r, r + s, r + 2 s, ... in all layers. Only attention needs several tokens:
+before it, ranks exchange tokens for heads, so that each has 1/s of the heads for all tokens; afterwards they exchange
+back. Attention covers the whole batch, including shared prefixes. Each rank has the logits of its own tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SequenceRanks:
-    """Those that compute one batch together. All of them call every method alike."""
+    """The ranks that compute one batch together. All of them make the same calls."""
 
     group: Any
     """torch's process group."""
@@ -26,30 +26,32 @@ class SequenceRanks:
     count: int
 
     def held(self, tokens: int) -> int:
-        """Of that many packed tokens every rank holds as many; what is beyond the last attends to nothing."""
+        """Number of rows that every rank holds for that many packed tokens; rows beyond the last token attend to
+        nothing."""
         return -(-tokens // self.count)
 
     def share(self, rows: Tensor) -> Tensor:
-        """[T] -> this rank's [held]; the last one is repeated where there is none."""
+        """[T] -> this rank's [held]; the last one is repeated as filler."""
         places = torch.arange(self.held(len(rows)), device=rows.device) * self.count + self.rank
         return rows[places.clamp(max=len(rows) - 1)]
 
     def mine(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of packed indices [N] those that this rank holds: their places [n] in `tokens`, and among its own tokens."""
+        """Select the packed indices [N] that this rank holds: their places [n] in `tokens`, and their indices among its
+        tokens."""
         places = (tokens % self.count == self.rank).nonzero()[:, 0]
         return places, tokens[places] // self.count
 
     def joined(self, values: Tensor, places: Tensor, count: int) -> Tensor:
-        """[n] of each rank, at its `places`, -> [count] on all of them.
+        """Join [n] of each rank, at its `places`, into [count] on all ranks.
 
-        Every rank goes on to the same loss and takes the gradient of its own values back, so gradients of parameters
-        add up over the ranks.
+        Every rank then computes the same loss and gets back the gradient of its own values, so that gradients of
+        parameters add up over the ranks.
         """
         joined: Tensor = _Joined.apply(values, places, count, self.group)
         return joined
 
     def tokens_to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """[held, H, D] each -> [held x ranks, H / ranks, D], in packed order. One exchange for all."""
+        """[held, H, D] each -> [held x ranks, H / ranks, D], in packed order, in a single exchange."""
         rows = [self._split(tensor) for tensor in tensors]
         widths = [row.shape[2:] for row in rows]
         sent = torch.cat([row.flatten(2) for row in rows], dim=2).transpose(0, 1)
@@ -66,11 +68,11 @@ class SequenceRanks:
         return received.transpose(0, 1).flatten(1, 2)
 
     def of_heads(self, values: Tensor) -> Tensor:
-        """[H] -> those of this rank's heads."""
+        """[H] -> the values of this rank's heads."""
         return values.unflatten(0, (self.count, -1))[self.rank]
 
     def _split(self, tensor: Tensor) -> Tensor:
-        """[n, H, D] -> [n, ranks, H / ranks, D]; where there are fewer heads than ranks, neighbours get the same."""
+        """[n, H, D] -> [n, ranks, H / ranks, D]; with fewer heads than ranks, neighbouring ranks get the same head."""
         heads = tensor.shape[1]
         if heads < self.count and self.count % heads == 0:
             tensor = tensor.repeat_interleave(self.count // heads, dim=1)
@@ -80,7 +82,7 @@ class SequenceRanks:
 
 
 class _Exchange(torch.autograd.Function):
-    """[ranks, ...]: row i goes to rank i; its own inverse, also for gradients."""
+    """Send row i of [ranks, ...] to rank i; this is its own inverse, also for gradients."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, group: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""A small copy of a model's configuration that has every kind of layer: a prefix of its layers, few tokens and experts.
+"""A small copy of a model's configuration with every kind of layer: a prefix of its layers, few tokens and experts.
 
-Windows, chunks and other lengths are cut to a few tokens, so that short sequences are beyond them.
+Windows, chunks and other lengths are cut to a few tokens, so that short sequences exceed them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHORT = 5
 """Tokens of a window or chunk; the self-test's sequences are longer."""
 CHUNK = 16
 LOW_CAP = 3.0
-"""Soft caps of logits: without one, they are above it."""
+"""Upper limit of logits' soft caps, which uncapped logits exceed."""
 MOST_LAYERS = 16
 
 _WINDOWS = (
@@ -63,11 +63,12 @@ Build = Callable[[Any], nn.Module]
 
 
 def small_copies(config: Any, build: Build) -> Iterator[Any]:
-    """Copies of `config`, the smallest first; `build` makes a model of one. The next is for when one cannot be run."""
+    """Yield copies of `config`, smallest first, each for when the one before cannot be run; `build` makes a model of
+    one."""
     for cuts in ((_cut_experts, _cut_width), (_cut_experts,), ()):
         try:
             yield _shallow(_cut(config, cuts), build)
-        except Exception:  # a configuration that does not go together; what is left is nearer to the original
+        except Exception:  # an inconsistent configuration; the remaining copies are closer to the original
             continue
     whole = copy.deepcopy(config)
     _cut_tokens(whole)
@@ -80,13 +81,13 @@ def _cut(config: Any, cuts: Sequence[Callable[[Any], None]]) -> Any:
     for part in _parts(small):
         for name in _WINDOWS:
             _lower(part, name, SHORT)
-        for name in _CHUNKS:  # of linear attention: results are the same, memory is not
+        for name in _CHUNKS:  # of linear attention: they change memory, not results
             _lower(part, name, CHUNK)
         for name in _SOFT_CAPS:
             if getattr(part, name, None):
                 setattr(part, name, min(getattr(part, name), LOW_CAP))
         rope = getattr(part, "rope_parameters", None)
-        if isinstance(rope, dict) and "llama_4_scaling_beta" in rope:  # queries are scaled by the position over this
+        if isinstance(rope, dict) and "llama_4_scaling_beta" in rope:  # queries are scaled by position / this
             rope["original_max_position_embeddings"] = SHORT
         if part is small.get_text_config():
             for cut in cuts:
@@ -129,7 +130,7 @@ def _cut_experts(text: Any) -> None:
 
 
 def _cut_width(text: Any) -> None:
-    """Fewer heads of the same size, and a hidden state as narrow as they allow."""
+    """Reduce the number of heads, keeping their size, and make the hidden state as narrow as they allow."""
     if not hasattr(text, "num_attention_heads"):  # Mamba 2
         if hasattr(text, "expand") and hasattr(text, "num_heads"):
             text.update({"hidden_size": text.head_dim, "num_heads": text.expand, "n_groups": 1})
@@ -139,7 +140,7 @@ def _cut_width(text: Any) -> None:
     kept_heads = kept * min(heads // kv_heads, 3)
     try:
         explicit = getattr(text, "head_dim", None) is not None
-    except Exception:  # transformers refuses to tell one size where layers have different ones
+    except Exception:  # transformers refuses to give one size if layers have different ones
         explicit = True
     width = min(text.hidden_size, 2 * WIDTH) if explicit else kept_heads * (text.hidden_size // heads)
     for name in ("lru_width", "word_embed_proj_dim"):
@@ -175,10 +176,10 @@ def _parts(config: Any) -> list[Any]:
 
 
 def _shallow(config: Any, build: Build) -> Any:
-    """With the shortest prefix of its layers that has all kinds of them, at least two."""
+    """Keep the shortest prefix of the layers, at least two, that has all kinds of them."""
     whole = config.get_text_config().num_hidden_layers
     kinds = _kinds(config, build)
-    if kinds is None:  # layers that are no list of modules
+    if kinds is None:  # the layers are not a list of modules
         return _with_layers(config, min(whole, MOST_LAYERS))
     distinct = set(kinds)
     least = max(2, *(kinds.index(kind) + 1 for kind in distinct)) if distinct else 2
@@ -205,7 +206,7 @@ def _with_layers(config: Any, layers: int) -> Any:
 
 
 def _kinds(config: Any, build: Build) -> list[Any] | None:
-    """Of each layer: what it consists of, without its sizes."""
+    """Describe what each layer consists of, without its sizes."""
     with torch.device("meta"):
         model = build(config)
     layers = config.get_text_config().num_hidden_layers

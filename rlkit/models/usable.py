@@ -1,4 +1,4 @@
-"""What can be known of a policy's folder before anything is loaded: from config.json and the headers of its files."""
+"""What can be known about a policy's folder before loading anything: from config.json and the headers of its files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = Path(__file__).with_name("architectures.json")
-"""By model type: how it runs (packed, rows, refused), and why it is refused. benchmarks/architectures.py writes it."""
+"""By model type: how it runs (packed, rows, refused), and why it is refused. Written by benchmarks/architectures.py."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM 0.32's CPU attention (vllm/v1/attention/backends/cpu_attn.py)."""
+"""Head sizes that vLLM 0.32's CPU attention supports (vllm/v1/attention/backends/cpu_attn.py)."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Kinds of RoPE that turn all positions differently once a sequence is longer than the original positions."""
+"""Kinds of RoPE that rotate all positions differently once a sequence is longer than the original positions."""
 
 
 @cache
@@ -26,7 +26,7 @@ def architectures() -> dict[str, dict[str, Any]]:
 
 
 def known_run(folder: Path) -> str | None:
-    """packed, rows or refused by the table; None for a model type, or code, that is not in it."""
+    """Look up the folder in the table: packed, rows or refused; None for a model type, or code, that is not in it."""
     config = _config(folder)
     known = architectures().get(str(config.get("model_type")))
     return None if known is None or "auto_map" in config else str(known["run"])
@@ -35,9 +35,9 @@ def known_run(folder: Path) -> str | None:
 def refusals(
     folder: Path, *, device: str, longest: int, chat_template: bool, trust_remote_code: bool = False
 ) -> Iterator[str]:
-    """Why the folder's model cannot be trained.
+    """Yield the reasons why the folder's model cannot be trained.
 
-    `longest`: tokens of a sequence. `chat_template`: whether one is named elsewhere.
+    `longest`: tokens of the longest sequence. `chat_template`: whether one is set elsewhere.
     """
     config = _config(folder)
     yield from _architecture(config, trust_remote_code)
@@ -80,7 +80,7 @@ def _architecture(config: dict[str, Any], trust_remote_code: bool) -> Iterator[s
 
 
 def _in_transformers(model_type: str) -> bool:
-    """By its source: to import it takes seconds."""
+    """Search the source of transformers, because importing it takes seconds."""
     spec = find_spec("transformers")
     places = spec.submodule_search_locations if spec else None
     files = [file for place in places or () for file in Path(place, "models", "auto").glob("*.py")]
@@ -113,7 +113,7 @@ def _weights(folder: Path) -> Iterator[str]:
 
 
 def _needed_bytes(file: Path) -> int | None:
-    """By the header of a safetensors file; None if that is not whole."""
+    """File size according to the header of a safetensors file; None if the header is incomplete."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
@@ -130,13 +130,13 @@ def _needed_bytes(file: Path) -> int | None:
 
 
 def default_template(folder: Path) -> str | None:
-    """The chat template of a model's folder, where transformers looks for it; None if there is none."""
+    """Read the chat template of a model's folder from where transformers looks for it; None if there is none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (folder / name).is_file():
             template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, list):  # several, each with a name
+            if isinstance(template, list):  # several templates, each with a name
                 template = {entry["name"]: entry["template"] for entry in template}.get("default")
             if template:
                 return str(template)

@@ -1,2 +1,2 @@
-"""Training reward models offline (`rlkit.train_reward reward=NAME`); each model's part is in
+"""Training reward models offline (`rlkit.train_reward reward=NAME`); the part for each model is in
 `rewards/NAME/training.py`."""

@@ -29,14 +29,14 @@ class TrainRewardConfig(Section):
     run_dir: Path
     """Folder of this run's files; created if missing, refused if it already holds a run."""
     dry_run: bool = False
-    """Validate, say what would be done, exit."""
+    """Validate, report what would be done, and exit."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the model."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each rank."""
     rank_timeout_seconds: Deadline = 1800.0
-    """With several ranks: how long one may keep the others waiting before all end, naming who waited. Must exceed what
-    a rank does alone (saving the model)."""
+    """With several ranks: how long one may keep the others waiting before all are ended with a message that names a
+    waiting rank. Must exceed the work that one rank does alone (saving the model)."""
     reward: dict[str, Any]
     """The backend: `_target_` and the fields of its `Config`."""
     data: dict[str, Any] = Field(default={})
@@ -44,16 +44,16 @@ class TrainRewardConfig(Section):
 
 
 class RewardTrainingConfig(Section):
-    """Fields of every backend; its nested `Config` may change defaults."""
+    """Fields of every backend; its nested `Config` may change the defaults."""
 
     model_path: str = "embedded:policy"
     """Folder of the Hugging Face model that training starts from, with its tokenizer."""
     trust_remote_code: bool = False
-    """Run Python code found in the model folder. Off unless you know who wrote it."""
+    """Run Python code found in the model folder. Leave it off unless you know who wrote it."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training rows; may be a fraction."""
+    """Passes over the training rows; may be fractional."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, in place of `epochs`."""
+    """Optimizer steps, instead of `epochs`."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per optimizer step."""
     learning_rate: LearningRate = 1e-6
@@ -115,15 +115,15 @@ class TrainingContext:
 
 
 class Report(Protocol):
-    """How a backend reports progress. On ranks other than 0 all calls do nothing."""
+    """How a backend reports progress. On ranks other than 0, all calls do nothing."""
 
     def phase(self, name: str) -> None: ...
 
     def begins(self, total_steps: int) -> None:
-        """Steps done and the time left are shown from here."""
+        """Show the steps done and the time left from here on."""
 
     def __call__(self, step: int, **metrics: float) -> None:
-        """Step 0 is before the first; metrics are named `area/name`: `**{"prm/loss": 0.6}`."""
+        """Report a step's metrics, named `area/name`: `**{"prm/loss": 0.6}`. Step 0 is before the first."""
 
     def evaluation(self, step: int, **metrics: float) -> None: ...
 
@@ -135,7 +135,7 @@ class Report(Protocol):
 
 
 class RewardTraining(ABC):
-    """One kind of reward model; made on every rank, in an initialised process group with `threads` set.
+    """One kind of reward model; created on every rank, in an initialised process group with `threads` set.
 
     Training must leave the model in `context.model_folder` (rank 0 writes). Errors for the user: `DataError`,
     `ModelLoadError`.
@@ -144,14 +144,14 @@ class RewardTraining(ABC):
     Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig
     Data: ClassVar[type[DataConfig]] = RewardDataConfig
     stages: ClassVar[tuple[Stage, ...]] = ("train",)
-    """Any other stage is refused at start."""
+    """Any other stage is refused at the start."""
 
     def __init__(self, config: Any, data: Any, context: TrainingContext) -> None:
         self.config, self.data, self.context = config, data, context
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
-        """Return messages of cheap checks, without torch, each beginning with its key.
+        """Return the messages of cheap checks, made without torch, each starting with its key.
 
         Subclasses add to `super().check(config, data)`.
         """
@@ -164,4 +164,4 @@ class RewardTraining(ABC):
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:
-        """Do `context.stage`; return the content of summary.json."""
+        """Run `context.stage`; return the content of summary.json."""

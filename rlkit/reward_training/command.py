@@ -1,4 +1,4 @@
-"""`python -m rlkit.train_reward`: from its arguments to a checked configuration, and from that to a summary."""
+"""Runs `python -m rlkit.train_reward`, from its arguments through a checked configuration to a summary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CONTRACTS = {"reward": Contract(RewardTraining, RewardTrainingConfig)}
 
 @dataclass(frozen=True)
 class ResolvedRewardTraining:
-    """Passed every check. Cheap to pickle: classes travel by name."""
+    """A configuration that passed every check. Cheap to pickle: classes are pickled by name."""
 
     config: TrainRewardConfig
     """All values filled in, including those of `reward` and `data`."""
@@ -67,7 +67,7 @@ class ResolvedRewardTraining:
     data: DataConfig
 
     def text(self) -> str:
-        """The run folder's `config.yaml`, which `--config FILE` reads."""
+        """Return the content of the run folder's `config.yaml`, which `--config FILE` reads."""
         head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.train_reward --config THIS_FILE\n"
         values: str = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return head + values
@@ -99,7 +99,7 @@ class _Loading(Loading):
     def validate(self) -> None:
         super().validate()
         content = self.tree.get("data") or {}
-        if self._backend is not None and isinstance(content, dict):  # if it is none, that is reported already
+        if self._backend is not None and isinstance(content, dict):  # if it is not one, that has been reported already
             self._data = self._section(self._backend.Data, content, "data.", self._known)
 
     def check(self) -> None:
@@ -154,7 +154,7 @@ def print_help() -> None:
 
 def launch(resolved: ResolvedRewardTraining) -> int:
     """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM. Raises NotInstalledError, and
-    ConfigError where GPUs are lacking."""
+    ConfigError if there are too few GPUs."""
     refuse_without("torch", "transformers", "deepspeed")
     if resolved.config.device == "cuda":
         refuse_fewer_gpus(resolved.reward.ranks, "device=cuda", "each rank (reward.ranks) takes one")
@@ -162,7 +162,7 @@ def launch(resolved: ResolvedRewardTraining) -> int:
 
 
 def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
-    """Return the exit code. Rank 0 has the run folder."""
+    """Train on one rank and return the exit code. Rank 0 has the run folder."""
     seconds, ranks = resolved.config.rank_timeout_seconds, resolved.reward.ranks
     try:
         with raises_terminated(), naming_a_hang(rank, ranks, seconds, LIMIT):
@@ -202,6 +202,6 @@ def _run(rank: int, resolved: ResolvedRewardTraining, report: Any, port: int) ->
 
 
 def _ended(ranks: int, how: str, code: int) -> int:
-    if ranks == 1:  # else the parent of the ranks says it
+    if ranks == 1:  # otherwise the parent of the ranks reports it
         print(f"rlkit: {how}", file=sys.stderr)
     return code

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Item(Protocol):
     @property
     def tokens(self) -> int:
-        """In a packed batch."""
+        """Number of tokens in a packed batch."""
         ...
 
 
@@ -43,12 +43,12 @@ class PromptTree:
 
     @property
     def tokens(self) -> int:
-        """Against a micro-batch's limit."""
+        """Tokens that count against a micro-batch's limit."""
         return self.tree.charged_tokens
 
 
 def items_within(members: Sequence[M], item: Callable[[Sequence[M]], T], limit: int) -> list[T]:
-    """Items of a prompt's members: halved down to `limit` tokens, or to one member."""
+    """Make items of a prompt's members, halving them down to `limit` tokens or to one member."""
     whole = item(members)
     if whole.tokens <= limit or len(members) == 1:
         return [whole]
@@ -57,7 +57,7 @@ def items_within(members: Sequence[M], item: Callable[[Sequence[M]], T], limit: 
 
 
 def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:
-    """(better, worse) of all pairs, numbered among the suffixes of all trees."""
+    """Return the indices (better, worse) of all pairs among the suffixes of all trees."""
     start, better, worse = 0, [], []
     for item in items:
         better += [start + first for first, _ in item.pairs]
@@ -73,8 +73,8 @@ class StepSkipped(UserError):
 class SupervisedEngine(Generic[T]):
     """Trains a module on items; all ranks call every method with the same arguments.
 
-    `loss(module, items)` is a sum; `step` divides it by the whole step's total, so micro-batches and ranks do not
-    matter.
+    `loss(module, items)` is a sum; `step` divides it by the total of the whole step, so that micro-batches and ranks do
+    not matter.
     """
 
     MAX_SKIPPED = 3
@@ -98,14 +98,14 @@ class SupervisedEngine(Generic[T]):
         self.device = device
 
     def step(self, items: Sequence[T], total: float) -> float:
-        """Return the step's loss: its sum divided by `total` (trained tokens, pairs, ...).
+        """Run a step and return its loss: its sum divided by `total` (trained tokens, pairs, ...).
 
         Raise StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
         """
         value = torch.zeros((), device=self.device)
 
         def share(microbatch: Sequence[T]) -> Tensor:
-            # A rank with nothing left takes part in the others' collective operations with a loss of zero.
+            # A rank with no work left takes part in the others' collective operations with a loss of zero.
             loss = self._loss(self.engine, microbatch or items[:1]) / total
             loss = loss if microbatch else loss * 0.0
             value.add_(loss.detach())
@@ -131,7 +131,7 @@ class SupervisedEngine(Generic[T]):
         return self._summed(value)
 
     def _my_microbatches(self, items: Sequence[T]) -> list[list[T]]:
-        """This rank's share: as many micro-batches as every rank has (the last may be empty)."""
+        """Return this rank's share: the same number of micro-batches as on every rank (the last may be empty)."""
         limit = self.config.tokens_per_microbatch
         batches = [[items[i] for i in members] for members in split_by_tokens([item.tokens for item in items], limit)]
         batches += [[] for _ in range(-len(batches) % self._world_size)]
@@ -144,7 +144,7 @@ class SupervisedEngine(Generic[T]):
 
 
 def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
-    """All ranks call it, rank 0 writes."""
+    """Write the model; all ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_parameters(model, training.config.zero_stage)
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The loop of every reward training: measure, step, measure at intervals, save."""
+"""The loop of all reward trainings: measure, step, measure at intervals, save."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlkit.data.base import BadRow
 from rlkit.reward_training.base import Report
 
 WARNED_ROWS = 10
-"""Unusable rows named one by one."""
+"""Unusable rows that are named individually."""
 
 FEW_STEPS = 10
-"""A training with fewer warns."""
+"""Trainings with fewer steps give a warning."""
 
 Batch = TypeVar("Batch")
 
@@ -22,15 +22,15 @@ Batch = TypeVar("Batch")
 @dataclass(frozen=True)
 class Task(Generic[Batch]):
     batches: Iterator[Batch]
-    """Endless."""
+    """Endless batches."""
     step: Callable[[Batch], Mapping[str, float]]
-    """Returns metrics `area/name`."""
+    """Takes a step; returns metrics `area/name`."""
     measure: Callable[[], dict[str, float]]
-    """On the held-out rows."""
+    """Measures on the held-out rows."""
     save: Callable[[Path], None]
-    """All ranks call it."""
+    """Saves the model; all ranks call it."""
     heldout: str = "heldout/{}"
-    """Names of the measures in metrics.jsonl."""
+    """Pattern for the names of the measures in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Course:
 
 
 def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, folder: Path) -> Course:
-    """Measure, take `steps` steps, measure after every `evaluate_every` of them (0: never) and at the end; save."""
+    """Measure, take `steps` steps, measure after every `evaluate_every` of them (0: never) and at the end, then
+    save."""
     before = after = task.measure()
     report.evaluation(0, **named(task.heldout, before))
     if steps < FEW_STEPS:

@@ -22,51 +22,51 @@ _USUAL: dict[Layout, tuple[str, str, str]] = {
     "pairs": ("prompt", "chosen", "rejected"),
     "steps": ("problem", "steps", "label"),
 }
-"""Columns of prompt, response and label."""
+"""Usual columns of prompt, response and label."""
 
 
 class OutcomeData(RewardDataConfig):
     layout: Literal["auto", "responses", "completions", "columns", "pairs", "steps"] = "auto"
     """responses: one response and its label per row. completions: per prompt a list of responses and a list of labels.
-    columns: per prompt several columns, each an object with a response and its label. pairs: a better (label 1) and a
-    worse response (label 0). steps: a list of steps and the number of the first wrong one (ProcessBench). auto: from
-    the first row."""
+    columns: per row several columns, each an object with a response and its label. pairs: a better (label 1) and a
+    worse response (label 0). steps: a list of steps and the number of the first wrong one (ProcessBench). auto: chosen
+    by the first row."""
     prompt_column: str | None = None
     """The prompt: a text or chat messages. null: `prompt` (columns: `question`, steps: `problem`). A response that is a
-    whole chat includes its prompt."""
+    whole chat already includes its prompt."""
     response_column: str | None = None
     """The response (pairs: the better one). null: `response`, `completions`, `solution`, `chosen` or `steps`."""
     label_column: str | None = None
-    """Its outcome: true, false or a number from 0 to 1 (pairs: the worse response; steps: the first wrong step from 0,
-    -1 for none). null: `label`, `correctness`, `is_correct` or `rejected`."""
+    """Label of the response: true, false or a number from 0 to 1 (pairs: the worse response; steps: the first wrong
+    step from 0, -1 for none). null: `label`, `correctness`, `is_correct` or `rejected`."""
     group_column: str | None = None
-    """Responses with equal values answer the same problem; null: those with the same prompt."""
+    """Responses with equal values in this column answer the same problem; null: those with the same prompt."""
     system_prompt: str | None = None
-    """System message put before every prompt that has none."""
+    """System message added to every prompt that has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
     group: str
-    """Equal for responses to the same problem."""
+    """The same for all responses to a problem."""
     messages: tuple[Message, ...]
     response: str
     label: float
     """0 (wrong) to 1 (right)."""
     origin: str
     steps: tuple[tuple[int, int], ...] = ()
-    """Characters of each step, if the data give them."""
+    """Character range of each step, if the data give the steps."""
     first_error: int | None = None
     """First wrong step; -1: all are right; None: not known."""
 
 
 def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollout], list[BadRow]]:
-    """Return a side's rollouts and unusable rows. Raise DataError if too many are."""
+    """Return a side's rollouts and unusable rows. Raise DataError if too many rows are unusable."""
     layout: Layout | None = None if config.layout == "auto" else config.layout
 
     def parse(row: Row, origin: str) -> Iterator[Rollout]:
         nonlocal layout
-        layout = layout or _layout(row, config)  # what the first readable row looks like
+        layout = layout or _layout(row, config)  # the layout of the first readable row
         return _rollouts(row, origin, layout, config)
 
     rollouts, bad = read(config, parse, side)
@@ -74,7 +74,7 @@ def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollo
 
 
 def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[list[Rollout], list[Rollout]]:
-    """Split off a share of the groups, chosen by their name. Raise DataError for a single group."""
+    """Split off a share of the groups as held out, chosen by name. Raise DataError if there is only one group."""
     share = config.heldout_share or DEFAULT_HELDOUT_SHARE
     chosen = held_out((rollout.group for rollout in rollouts), share, config.heldout_seed)
     if chosen is None:
@@ -85,7 +85,7 @@ def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[li
 
 
 def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[list[Rollout], list[BadRow]]:
-    """Held-out groups become bad rows."""
+    """Drop the rollouts of held-out groups; they become bad rows."""
     judged = {rollout.group: rollout.origin for rollout in heldout}
     kept = [rollout for rollout in rollouts if rollout.group not in judged]
     bad = [BadRow(r.origin, f"held out: {judged[r.group]} asks the same") for r in rollouts if r.group in judged]
@@ -95,7 +95,7 @@ def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[li
 def _layout(row: Row, config: OutcomeData) -> Layout:
     for layout in ("pairs", "completions", "steps", "responses"):
         _, response, label = _names(layout, config)
-        if layout == "pairs" and label != "rejected":  # a label in words would be taken for a worse response
+        if layout == "pairs" and label != "rejected":  # otherwise a label in words would be taken for a worse response
             continue
         if {response, label} <= row.keys() and _fits(layout, row[response], row[label]):
             return layout
@@ -138,7 +138,7 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
             messages, text = conversation(response, where)
         else:
             messages, text = prompt_of(row, prompt_name), response
-        if not isinstance(text, str):  # an empty one is a response, too: the model ended at once
+        if not isinstance(text, str):  # an empty text is a response too: the model ended at once
             raise RowError(f"{where} must be a text or a chat, not {type(text).__name__}")
         if config.system_prompt and messages[0].role != "system":
             messages = (Message("system", config.system_prompt), *messages)
@@ -175,7 +175,7 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
 
 
 def _joined(steps: Sequence[str]) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Join steps by blank lines; return the text and each step's characters, with the blank line after it."""
+    """Join steps by blank lines; return the text and each step's character range, including the blank line after it."""
     texts = [step + "\n\n" for step in steps[:-1]] + [steps[-1]]
     ends = [sum(len(text) for text in texts[: i + 1]) for i in range(len(texts))]
     return "".join(texts), tuple(zip([0, *ends[:-1]], ends, strict=True))
@@ -188,7 +188,7 @@ def _group(value: Any) -> str:
 
 
 def _without_repeats(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Count a response in several pairs of a prompt once, with its first label."""
+    """Count a response that is in several pairs of a prompt only once, with its first label."""
     first: dict[tuple[str, str], Rollout] = {}
     for rollout in rollouts:
         first.setdefault((rollout.group, rollout.response), rollout)

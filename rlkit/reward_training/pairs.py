@@ -1,4 +1,4 @@
-"""Preference pairs from rows: as they are, or built from responses with labels."""
+"""Preference pairs from rows: taken as they are, or built from responses with labels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rlkit.reward_training.rows import RewardDataConfig, Side, read, read_split
 class PairRows(RewardDataConfig):
     form: Literal["pairs", "outcomes"] = "pairs"
     """pairs: each row has a chosen and a rejected response; outcomes: rows have responses with labels, and every
-    response is paired with every one of a lower label to the same prompt."""
+    response is paired with each response to the same prompt that has a lower label."""
     prompt_column: str | None = "prompt"
     """The prompt: a text or a list of chat messages. null (pairs only): chosen and rejected are whole conversations
-    with the same beginning."""
+    that begin alike."""
     chosen_column: str = "chosen"
     """pairs: the preferred response: a text, or a list of chat messages."""
     rejected_column: str = "rejected"
@@ -28,15 +28,15 @@ class PairRows(RewardDataConfig):
     margin_column: str | None = None
     """pairs: by how much chosen should score above rejected (a number)."""
     probability_column: str | None = None
-    """pairs: the probability that chosen is preferred (0 to 1: a soft label); null: 1."""
+    """pairs: the probability that chosen is preferred (a soft label from 0 to 1); null: 1."""
     response_columns: tuple[str, ...] = ("response",)
-    """outcomes: columns with a response each: a text, or an object with `response_key` and `label_key`."""
+    """outcomes: columns with one response each: a text, or an object with `response_key` and `label_key`."""
     response_key: str = "solution"
-    """outcomes: an object's key of the text."""
+    """outcomes: key of the text in such an object."""
     label_key: str = "is_correct"
-    """outcomes: an object's key of the label (true, false or a number); for a text: the row's column."""
+    """outcomes: key of the label (true, false or a number) in such an object; for a text, the row's column."""
     max_pairs_per_prompt: int | None = Field(default=None, ge=1)
-    """outcomes: draw at most this many of a prompt's pairs; null: all."""
+    """outcomes: use at most this many of a prompt's pairs, drawn at random; null: all."""
 
     @field_validator("response_columns", mode="before")
     @classmethod
@@ -62,7 +62,7 @@ class Pair:
     rejected: str
     margin: float = 0.0
     probability: float = 1.0
-    """That chosen is preferred."""
+    """Probability that chosen is preferred."""
     origin: str = ""
 
 
@@ -71,7 +71,7 @@ Labelled = tuple[float, str, str]
 
 
 def load_pairs(config: PairRows, seed: int) -> tuple[list[list[Pair]], list[list[Pair]], list[BadRow]]:
-    """Training and held-out pairs, grouped by prompt, and the unusable rows.
+    """Return training and held-out pairs, grouped by prompt, and the unusable rows.
 
     Raise DataError if too many rows are unusable or a side is empty.
     """

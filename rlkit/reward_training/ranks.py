@@ -1,6 +1,6 @@
 """Ranks of one training as processes on this machine; none outlives the others.
 
-A rank that dies ends the others; one that hangs keeps them in a collective operation, whose time-out ends all.
+If a rank dies, the others are ended. If one hangs, the others wait in a collective operation, whose timeout ends all.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 LOOK_SECONDS = 1.0
-"""Between the parent's checks of the clock."""
+"""Interval at which the parent checks the time."""
 END_SECONDS = 10.0
-"""For an orderly end; then ranks are killed."""
+"""Time for an orderly end, after which ranks are killed."""
 
 Work = Callable[..., int]
-"""(rank, port, *arguments) -> exit code. Can be pickled by name."""
+"""(rank, port, *arguments) -> exit code. Must be picklable by name."""
 
 
 class Terminated(BaseException):
-    """On SIGTERM; like KeyboardInterrupt it passes through `except Exception`."""
+    """Raised on SIGTERM; like KeyboardInterrupt, it is not caught by `except Exception`."""
 
 
 class RankHangsError(UserError, RuntimeError): ...
 
 
 def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
-    """Call `work` for every rank, a single one in this process, several in child processes; return the exit code.
+    """Call `work` for every rank, in this process if there is one, else in child processes; return the exit code.
 
     `seconds` (from the key `limit`): how long a rank may keep the others waiting.
     """
@@ -63,7 +63,7 @@ def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: An
 
 
 def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed: int, seconds: float) -> None:
-    """Take this rank's GPU, seed torch, meet the other ranks. Imports torch and DeepSpeed."""
+    """Select this rank's GPU, seed torch and join the other ranks. Imports torch and DeepSpeed."""
     if device == "cuda" and ranks > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(ranks)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
@@ -74,14 +74,14 @@ def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed
 
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    if dist.is_initialized():  # the tests' process runs several trainings
+    if dist.is_initialized():  # tests run several trainings in one process
         return
     init_process_group(rank, ranks, "127.0.0.1", port, device, seconds)
 
 
 @contextmanager
 def naming_a_hang(rank: int, ranks: int, seconds: float, limit: str) -> Iterator[None]:
-    """Turn the time-out of a collective operation into RankHangsError. (NCCL ends the process instead.)"""
+    """Turn the timeout of a collective operation into RankHangsError. (NCCL ends the process instead.)"""
     try:
         yield
     except RuntimeError as error:
@@ -109,7 +109,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _rank_process(rank: int, port: int, work: Work, arguments: Sequence[Any]) -> NoReturn:
     code = work(rank, port, *arguments)
-    if code:  # without an orderly end, in which threads of a broken group would abort the process
+    if code:  # exits at once: in an orderly end, threads of a broken group would abort the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -117,7 +117,7 @@ def _rank_process(rank: int, port: int, work: Work, arguments: Sequence[Any]) ->
 
 
 def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> int:
-    """Return 0 when all have ended well, or the exit code of one that has not."""
+    """Wait for the processes. Return 0 when all have ended well, or the exit code of one that has not."""
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     first_end: float | None = None
     while running:

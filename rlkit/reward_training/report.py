@@ -16,11 +16,11 @@ from rlkit.tracking.progress import Progress, duration
 from rlkit.tracking.run_folder import RunFolder
 
 _SECONDS_BETWEEN_LINES = 2.0
-"""Steps that follow faster are in metrics.jsonl only."""
+"""Steps that follow faster are only in metrics.jsonl."""
 
 
 class RunReport:
-    """The Report of rank 0. While it is open, what libraries print goes to `logs/driver.log`."""
+    """The Report of rank 0. While it is open, the output of libraries goes to `logs/driver.log`."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Rows to train reward models on, and their held-out share.
+"""Rows for training reward models, and their held-out share.
 
 A row is used whole or not at all; unusable rows are named, counted and skipped, up to `data.max_bad_row_share`.
 """
@@ -27,8 +27,8 @@ class RewardDataConfig(DataConfig):
     """Source of the rows, and the held-out share. A backend nests a subclass as `Data`."""
 
     path: str
-    """File with the rows (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`) or a pattern of such names, or a
-    data set that `datasets` loads: a folder, or a name on the hub."""
+    """File with the rows (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a pattern for such files, or a
+    data set that `datasets` loads: a folder, or a name on the Hub."""
     subset: str | None = None
     """Configuration of a data set."""
     split: str = "train"
@@ -40,7 +40,8 @@ class RewardDataConfig(DataConfig):
     heldout_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
     heldout_seed: int = Field(default=0, ge=0)
-    """Chooses the held-out prompts; not the run's seed, so runs with several seeds are judged alike."""
+    """Seed that selects the held-out prompts; separate from the run's, so that runs with different seeds are
+    comparable."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> RewardDataConfig:
@@ -52,7 +53,7 @@ class RewardDataConfig(DataConfig):
 
     @property
     def has_heldout_rows(self) -> bool:
-        """Else a share of `path` is held out."""
+        """Whether held-out rows are given; otherwise a share of `path` is held out."""
         return self.heldout_path is not None or self.heldout_split is not None
 
     def problems(self) -> list[str]:
@@ -104,7 +105,7 @@ def read_split(
     prompt: Callable[[T], str],
     what: str,
 ) -> tuple[list[T], list[T], list[BadRow]]:
-    """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
+    """Return training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
 
     Without held-out rows, a share is held out by a hash of the prompt. Raise DataError if a side is empty.
     """
@@ -130,9 +131,9 @@ def read_split(
 def draw_batches(
     groups: Sequence[Sequence[T]], size: int, seed: int | str, *, across_epochs: bool = True
 ) -> Iterator[list[T]]:
-    """Endless batches of `size`, the groups shuffled in each epoch; items of a group stay neighbours.
+    """Yield endless batches of `size`; groups are shuffled in each epoch, and the items of a group stay together.
 
-    With `across_epochs` a batch may span two epochs; else an epoch's last batch is smaller.
+    With `across_epochs`, a batch may span two epochs; otherwise the last batch of an epoch is smaller.
     """
     rng = random.Random(seed)
     queue: list[T] = []

@@ -1,4 +1,4 @@
-"""Games of other packages: drawn by the seed of a task, played in texts, with random numbers of their own."""
+"""Games of other packages: drawn by the seed of a task, played as text, with random numbers of their own."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from rlkit.experience.extras import lacking
 
 class GameConfig(DrawnConfig):
     name: str
-    """The game, as the package calls it."""
+    """Name of the game in its package."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the package takes besides, to make the game."""
+    """Further arguments for creating the game."""
 
 
 class Game(Environment):
-    """The task's seed draws a game; what happens by chance while it is played, the episode's seed draws.
+    """The task's seed draws the game; the episode's seed draws what happens by chance while it is played.
 
-    Python's and numpy's global random numbers, from which some packages draw, are the episode's own during each call.
+    During each call, Python's and numpy's global random numbers, which some packages use, are the episode's own.
     """
 
     Config = GameConfig
     config: GameConfig
     package: ClassVar[str]
-    """The module, which is also the name of rlkit's extra."""
+    """Name of the module and of rlkit's extra."""
 
     @classmethod
     def needs(cls, config: GameConfig) -> EnvironmentNeeds:
@@ -39,7 +39,7 @@ class Game(Environment):
 
     @classmethod
     def check(cls, config: GameConfig) -> list[str]:
-        """Begins one game: it may need what is not there, or another number of players."""
+        """Start one game: it may lack something it needs, or be for another number of players."""
         if missing := lacking(cls.package):
             return missing
         trial = cls(config, EnvironmentContext())
@@ -53,7 +53,7 @@ class Game(Environment):
 
     @classmethod
     def prepare(cls, config: GameConfig) -> None:
-        importlib.import_module(cls.package)  # some take seconds
+        importlib.import_module(cls.package)  # some packages take seconds
 
     @classmethod
     def tasks(cls, config: GameConfig, split: Split, seed: int) -> Sequence[Task]:
@@ -73,11 +73,11 @@ class Game(Environment):
             return self.play(action.text)
 
     def begin(self, seed: int) -> str:
-        """Draw the game; return what the policy reads first."""
+        """Draw the game; return the text that the policy reads first."""
         raise NotImplementedError
 
     def chance(self, seed: int) -> None:
-        """From here on it is this seed that draws; for games with random numbers of their own."""
+        """Use this seed from here on; for games with random numbers of their own."""
 
     def play(self, text: str) -> Step:
         raise NotImplementedError
@@ -90,7 +90,7 @@ def seeded_tasks(config: DrawnConfig, name: str, split: Split, seed: int) -> lis
 
 
 class GlobalRandom:
-    """Python's and numpy's global random numbers as one episode sees them, within `with`."""
+    """Python's and numpy's global random numbers of one episode, active within `with`."""
 
     def __init__(self, seed: int) -> None:
         others = _state()

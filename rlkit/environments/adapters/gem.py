@@ -9,16 +9,16 @@ from rlkit.environments.base import Step
 from rlkit.experience.extras import lacking
 
 BY_ITSELF = "pip install --no-deps 'gem-llm>=0.1,<0.2'"
-"""What the package asks for cannot be had beside Hydra: math-verify with another antlr4."""
+"""The package's dependencies conflict with Hydra: its math-verify needs another antlr4."""
 
 
 class GemConfig(GameConfig):
     name: str = "game:GuessTheNumber-v0-easy"
-    """The game, as `gem.make` calls it."""
+    """Name of the game, as for `gem.make`."""
 
 
 class Gem(Game):
-    """GEM's rewards, turn by turn; a game that ends with 1 or more is a success."""
+    """Rewards are GEM's, turn by turn; a game that ends with a reward of at least 1 is a success."""
 
     Config = GemConfig
     config: GemConfig
@@ -42,5 +42,5 @@ class Gem(Game):
 
 
 def _said(observation: Any, info: Any) -> str:
-    """With the request for an action, which GEM's own wrappers add, too."""
+    """Add the request for an action, as GEM's own wrappers do."""
     return "\n".join(part for part in (str(observation).strip("\n"), (info or {}).get("suffix", "")) if part)

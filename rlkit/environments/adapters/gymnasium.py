@@ -1,4 +1,4 @@
-"""`environment=gymnasium`: games of Gymnasium with numbered actions and states, in words."""
+"""`environment=gymnasium`: games of Gymnasium with numbered actions and states, played in words."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _COLOURED = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m", re.DOTALL)
 
 class GymnasiumConfig(GameConfig):
     name: str = "FrozenLake-v1"
-    """The game, as `gymnasium.make` calls it. Actions must be Discrete, states Discrete or tuples of these, or drawn
-    as text (render mode `ansi`)."""
+    """Name of the game, as for `gymnasium.make`. Actions must be Discrete; states must be Discrete, tuples of these, or
+    drawn as text (render mode `ansi`)."""
     actions: tuple[str, ...] = ()
-    """Names of the actions, in their order; empty: those of the four games of toy text, else their numbers."""
+    """Names of the actions, in order; empty: those of the four toy-text games, else their numbers."""
     rules: str | None = None
-    """What the policy reads first; null: a few words about the four games of toy text, else none."""
+    """What the policy reads first; null: a few words for the four toy-text games, else none."""
 
 
 class Gymnasium(Game):
-    """The policy names an action, or its number; the last name in its text counts. What names none, changes nothing.
+    """The policy gives the name or number of an action; the last name in its text counts. Text without one changes
+    nothing.
 
-    FrozenLake with `options={map_name:random}` (and `size`, `p`) has a map for each task.
+    FrozenLake with `options={map_name:random}` (and `size`, `p`) has a different map for each task.
     """
 
     Config = GymnasiumConfig
@@ -89,12 +90,12 @@ class _Known:
     actions: tuple[str, ...] = ()
     rules: str = ""
     won: Callable[[float], bool] = lambda reward: reward > 0
-    """By the reward with which a game ended."""
+    """Whether a game was won, by the reward with which it ended."""
     seen: Callable[[Any, Any], str] | None = None
 
 
 def _made(name: str, options: dict[str, Any], seed: int) -> Any:
-    """Raises ValueError for what cannot be played in words."""
+    """Create the game. Raises ValueError for one that cannot be played in words."""
     import gymnasium
     from gymnasium.spaces import Discrete, MultiDiscrete, Tuple
 

@@ -1,4 +1,4 @@
-"""`environment=openenv`: a server of OpenEnv, over its WebSocket; an episode is a connection."""
+"""`environment=openenv`: an OpenEnv server, over its WebSocket; each episode is a connection."""
 
 from __future__ import annotations
 
@@ -31,33 +31,32 @@ _CONNECT_SECONDS = 10.0
 
 class OpenEnvConfig(DrawnConfig):
     url: str = Field(pattern="^https?://")
-    """Of the server: http://127.0.0.1:8000."""
+    """Address of the server: http://127.0.0.1:8000."""
     action_field: str | None = None
-    """Field of the server's action that the policy's text fills; null: the only one that must be there. Where there
-    are several, the policy writes a JSON object."""
+    """Field of the server's action that the policy's text fills; null: the only required one. If there are several, the
+    policy writes a JSON object."""
     observation_field: str | None = None
-    """Field of the server's observation that the policy reads; null: the only one, else all as JSON."""
+    """Field of the server's observation that the policy reads; null: the only one, else all fields as JSON."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the server's `reset` takes besides the seed."""
+    """Further arguments of the server's `reset`, besides the seed."""
     concurrency: int = Field(default=1, ge=1)
-    """Open episodes per process. The server must allow rollout.workers x workers x concurrency sessions; unless told
-    otherwise it allows one."""
+    """Open episodes per process. The server must allow rollout.workers x workers x concurrency sessions; by default it
+    allows one."""
 
 
 @dataclass(frozen=True)
 class _Server:
     fields: Mapping[str, Any]
-    """Of an action: JSON schemas by name."""
+    """Fields of an action: JSON schemas by name."""
     required: tuple[str, ...]
     tools: tuple[Tool, ...]
-    """Of a server whose actions are calls of tools."""
+    """Tools of a server whose actions are tool calls."""
 
 
 class OpenEnv(Environment):
-    """Rewards are the server's, step by step. It says of no episode whether it was a success.
+    """Rewards are the server's, step by step. It does not say whether an episode was a success.
 
-    Where the server's actions are calls of tools, the policy gets these tools, and an answer without a call ends the
-    episode.
+    If the server's actions are tool calls, the policy gets these tools, and an answer without a call ends the episode.
     """
 
     Config = OpenEnvConfig
@@ -73,7 +72,7 @@ class OpenEnv(Environment):
 
     @classmethod
     def deterministic(cls, config: OpenEnvConfig) -> bool:
-        """A server is not known to be."""
+        """Return False: a server is not known to be deterministic."""
         return False
 
     @classmethod
@@ -82,7 +81,7 @@ class OpenEnv(Environment):
 
     @classmethod
     def prepare(cls, config: OpenEnvConfig) -> _Server:
-        """Raises UserError."""
+        """Read the server's schema and tools. Raises UserError."""
         base = config.url.rstrip("/")
         try:
             schema = require_ok(get(f"{base}/schema", _CONNECT_SECONDS)).json()["action"]
@@ -100,7 +99,8 @@ class OpenEnv(Environment):
         return shared.tools
 
     async def reset(self, task: Task, seed: int) -> str:
-        """Waits for a session that just ended, since the server gives its place up a little later."""
+        """Start the episode. Waits for a session that has just ended, because the server frees its slot a little
+        later."""
         drawing = {**self.config.options, "seed": int(task.columns["seed"])}
         latest = time.monotonic() + 0.8 * self.config.step_timeout_seconds
         while True:
@@ -141,7 +141,7 @@ class OpenEnv(Environment):
             await self._socket.close()
 
     def _action(self, server: _Server, text: str) -> dict[str, Any]:
-        """Raises ValueError with what the policy reads."""
+        """Turn the policy's text into an action. Raises ValueError with a message for the policy."""
         names = [self.config.action_field] if self.config.action_field else server.required or tuple(server.fields)
         if len(names) == 1 and names[0] is not None:
             kind = server.fields[names[0]].get("type", "string")
@@ -160,7 +160,7 @@ class OpenEnv(Environment):
         return fields
 
     async def _asked(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises EnvironmentFailure, _FullError and _RefusedError."""
+        """Send a request and return the answer. Raises EnvironmentFailure, _FullError and _RefusedError."""
         from websockets.exceptions import ConnectionClosed
 
         try:
@@ -206,7 +206,7 @@ class _RefusedError(Exception):
 
 
 async def _connected(url: str) -> ClientConnection:
-    """Raises EnvironmentFailure."""
+    """Open a connection. Raises EnvironmentFailure."""
     from websockets.asyncio.client import connect
 
     address = f"ws{url.rstrip('/').removeprefix('http')}/ws"
@@ -232,7 +232,7 @@ def _tools(base: str) -> tuple[Tool, ...]:
 
 
 def _of_tool(observation: Mapping[str, Any]) -> Any:
-    """What a tool returned, or why it did not."""
+    """What a tool returned, or why it failed."""
     if observation.get("error"):
         return f"error: {observation['error'].get('message', observation['error'])}"
     result = observation["result"]

@@ -1,4 +1,4 @@
-"""`environment=reasoning_gym`: a question of reasoning-gym, and another try after a wrong answer."""
+"""`environment=reasoning_gym`: a question from reasoning-gym, with another try after a wrong answer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlkit.experience.extras import lacking
 
 class ReasoningGymConfig(EnvironmentConfig):
     max_turns: int = Field(default=3, ge=1)
-    """Answers."""
+    """Answers per question."""
     answer_in: Literal["answer_tag", "response"] = "answer_tag"
-    """Where an answer is: in the last <answer>, as data.instructions ask, or in the whole turn."""
+    """Where the answer is: in the last <answer>, as data.instructions ask for, or in the whole turn."""
 
 
 class ReasoningGym(Environment):
-    """A turn earns what its answer scores beyond the best answer before it, so the episode's sum is its best score.
+    """A turn earns what its answer scores above the best earlier answer, so the episode's total is its best score.
 
     A score of 1 ends the episode.
     """

@@ -1,4 +1,4 @@
-"""`environment=skyrl_gym`: environments written for SkyRL, on the problems of any data."""
+"""`environment=skyrl_gym`: environments written for SkyRL, with problems from any data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlkit.experience.names import find_class
 
 class SkyRLGymConfig(EnvironmentConfig):
     name: str = "gsm8k_multi_turn"
-    """The environment, as `skyrl_gym.make` calls it, or the dotted path of a class of yours."""
+    """Name of the environment, as for `skyrl_gym.make`, or the dotted path of your own class."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the environment: its `env_config`."""
+    """Options of the environment: its `env_config`."""
 
 
 class SkyRLGym(Environment):
-    """Its `extras` are the row's columns, `max_turns`, and `reward_spec.ground_truth` from the answer."""
+    """The `extras` are the row's columns, `max_turns`, and `reward_spec.ground_truth` from the answer."""
 
     Config = SkyRLGymConfig
     config: SkyRLGymConfig

@@ -1,4 +1,4 @@
-"""`environment=textarena`: TextArena's games for one player."""
+"""`environment=textarena`: TextArena's single-player games."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rlkit.environments.base import EnvironmentFailure, Step
 
 class TextArenaConfig(GameConfig):
     name: str = "GuessTheNumber-v0"
-    """The game, as `textarena.make` calls it."""
+    """Name of the game, as for `textarena.make`."""
 
 
 class TextArena(Game):
-    """The game's reward comes at its end; 1 and more is a success.
+    """The reward comes at the end of the game; at least 1 is a success.
 
-    The game's wrappers of actions are used. Those of observations are not: they repeat the whole conversation.
+    The game's action wrappers are used. Its observation wrappers are not: they repeat the whole conversation.
     """
 
     Config = TextArenaConfig
@@ -48,7 +48,7 @@ class TextArena(Game):
         return Step(reward=reward, done=True, success=reward >= 1)
 
     def _heard(self) -> str:
-        """What the game has said since the last time."""
+        """What the game has said since the last call."""
         player, said = self._game.get_observation()
         if player != 0:
             raise EnvironmentFailure(f"{self.config.name} is a game for several players")

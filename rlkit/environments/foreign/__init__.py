@@ -1,1 +1,1 @@
-"""Agents in an interpreter of their own."""
+"""Agents that run in a separate interpreter."""

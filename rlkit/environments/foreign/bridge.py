@@ -1,4 +1,4 @@
-"""A program in an interpreter of its own that plays many episodes side by side, asked over its pipes."""
+"""A program in a separate interpreter that plays many episodes in parallel and is addressed through its pipes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rlkit.environments.foreign.process import Child, ProgramError
 from rlkit.experience import UserError
 
 UNWINDING_SECONDS = 10.0
-"""In which a program must say that it heard of a cancellation, or it hangs and is killed."""
+"""Time for a program to confirm a cancellation; if it does not, it is taken to hang and is killed."""
 
 
 class Bridge:
-    """Each line is a JSON object. The first one tells the program what it is for, and it answers {} or {"error": why}.
-    Then {"number": n, ...} is answered by {"number": n, ...}, in any order, and {"cancel": n} at once by
-    {"cancelled": n}.
+    """Messages are JSON objects, one per line. The first tells the program its purpose, and it answers {} or {"error":
+    why}. After that, {"number": n, ...} is answered by {"number": n, ...}, in any order, and {"cancel": n} immediately
+    by {"cancelled": n}.
 
-    A program that ended is started again by the next request.
+    A program that has ended is restarted by the next request.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Bridge:
         self._reading = set[asyncio.Task[None]]()
 
     async def start(self) -> None:
-        """Raises UserError."""
+        """Start the program. Raises UserError."""
         child = await Child.start(self.command, self.environment, echo=True)
         try:
             _write(child, self.purpose)
@@ -53,7 +53,8 @@ class Bridge:
         reading.add_done_callback(self._reading.discard)
 
     async def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Raises ProgramError for what the program says went wrong, EnvironmentFailure if it ends meanwhile."""
+        """Send a request and return the answer. Raises ProgramError for an error that the program reports,
+        EnvironmentFailure if the program ends meanwhile."""
         async with self._starting:
             if self._child is None:
                 try:
@@ -86,7 +87,7 @@ class Bridge:
                 elif (answer := self._asked.get(fields["number"])) is not None and not answer.done():
                     answer.set_result(fields)
         finally:
-            self._child = None  # requests from here on are another one's
+            self._child = None  # later requests go to a new program
             lost, timers = list(self._asked.values()), list(self._cancelled.values())
             self._asked.clear()
             self._cancelled.clear()

@@ -1,4 +1,4 @@
-"""Programs of others, beside this process: they end with it, know none of its secrets, and say how they failed."""
+"""Foreign programs, next to this process: they end with it, get none of its secrets, and report how they failed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KEPT = (
 )  # fmt: skip
 """Environment variables that every program gets."""
 TAIL_BYTES = 64 * 1024
-"""What is kept of the end of an output."""
+"""Bytes kept from the end of an output."""
 SHOWN = 2000
-"""Characters of it in a message."""
+"""Characters of it that a message shows."""
 LINE_BYTES = 1024 * 1024
 LEFT_SECONDS = 0.5
-"""In which outputs close after the program that had them ended."""
+"""Time for outputs to close after their program has ended."""
 
 _BEGIN = """
 import fcntl, os, select, signal, sys
@@ -37,20 +37,20 @@ try:
 except OSError as error:
     sys.exit(f"{command[0]}: {error.strerror}")
 """
-"""Becomes the command, after it has asked the kernel to kill its process group when the pipe's other end closes: that
-reaches a program in any language, and one that hangs."""
+"""Turns into the command, after asking the kernel to kill its process group when the other end of the pipe closes. This
+works for programs in any language, even if they hang."""
 
 
 class ProgramError(Exception):
-    """A program of others failed. If a budget of the policy had been spent, that is the policy's doing."""
+    """A foreign program failed. If the policy had spent a budget, the failure is attributed to the policy."""
 
 
 class ProgramConfig(AgentConfig):
     variables: tuple[str, ...] = ()
-    """Environment variables that the program may read, besides PATH, HOME, TMPDIR and those of the language."""
+    """Environment variables that the program may read, besides PATH, HOME, TMPDIR and the language settings."""
 
     def missing(self) -> list[str]:
-        """Messages for the user."""
+        """Return messages for the user about variables that are not set."""
         names = [name for name in self.variables if name not in os.environ]
         return [f"environment.variables: {name} is not set here; set it, or leave it out" for name in names]
 
@@ -59,16 +59,16 @@ class ProgramConfig(AgentConfig):
 
 
 def absolute(path: str) -> str:
-    """The same file seen from any folder; a link stays one, as venvs are found by theirs."""
+    """Make a path valid in any working folder; links are not resolved, because venvs are found by theirs."""
     return str(Path(path).expanduser().absolute())
 
 
 class Child:
-    """A running program; `process` has its standard input and output."""
+    """A running program; `process` holds its standard input and output."""
 
     def __init__(self, process: asyncio.subprocess.Process, life: int, echo: bool) -> None:
         self.process, self._life, self._exit = process, life, -1
-        with contextlib.suppress(ProcessLookupError):  # it has ended by now
+        with contextlib.suppress(ProcessLookupError):  # it may have ended already
             self._exit = os.pidfd_open(process.pid)
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         self.stdin, self.stdout = process.stdin, process.stdout
@@ -79,7 +79,7 @@ class Child:
     async def start(
         cls, command: Sequence[str], environment: Mapping[str, str], folder: str | None = None, echo: bool = False
     ) -> Child:
-        """`folder`: where it works. `echo`: what it writes to standard error appears on ours."""
+        """Start a program. `folder`: its working folder. `echo`: copy its standard error to ours."""
         pipe, life = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -101,17 +101,18 @@ class Child:
         return cls(process, life, echo)
 
     def kill(self) -> None:
-        """With its process group, what it left behind included."""
+        """Kill the program with its process group, including processes that it left behind."""
         if self._life >= 0:
             ended = self.process.returncode is not None
-            if not (ended and Path(f"/proc/{self.process.pid}").exists()):  # else another has its number by now
+            if not (ended and Path(f"/proc/{self.process.pid}").exists()):  # else another has this id by now
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.process.pid, signal.SIGKILL)
             os.close(self._life)
             self._life = -1
 
     async def ended(self) -> None:
-        """Wait for its exit. asyncio's `wait` would wait for its outputs, too, which what it left behind may hold."""
+        """Wait for its exit. asyncio's `wait` would also wait for its outputs, which processes it left behind may hold
+        open."""
         if self._exit < 0:
             return
         exited, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -122,7 +123,7 @@ class Child:
             loop.remove_reader(self._exit)
 
     async def end(self) -> None:
-        """Kill it, and read the rest of its errors."""
+        """Kill it and read the rest of its standard error."""
         self.kill()
         await self.ended()
         if self._exit >= 0:
@@ -133,7 +134,7 @@ class Child:
         code.cancel()
 
     def ending(self) -> str:
-        """How it ended, for a message."""
+        """Describe how it ended, for a message."""
         code = self.process.returncode
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         said = self._errors.text()
@@ -141,7 +142,7 @@ class Child:
 
 
 class Tail:
-    """The end of an output."""
+    """The last part of an output."""
 
     def __init__(self, echo: bool = False) -> None:
         self._kept, self._echo = b"", echo

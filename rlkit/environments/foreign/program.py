@@ -1,4 +1,4 @@
-"""`environment=program`: any command as the agent, started anew for every episode."""
+"""`environment=program`: any command as the agent, started afresh for every episode."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 class CommandConfig(ProgramConfig):
     command: tuple[str, ...] = Field(min_length=1)
-    """The program and its arguments; no shell reads them. One that names a file is passed with its whole path."""
+    """The program and its arguments, which no shell interprets. Arguments that name files are passed as absolute
+    paths."""
     prints_reward: bool = True
-    """Its last line of output is {"reward": 1.0, "success": true, "metrics": {"name": 2.0}}, where all but the reward
-    may be left out. false: it prints what it likes, and the run's reward judges the last answer."""
+    """Its last line of output is {"reward": 1.0, "success": true, "metrics": {"name": 2.0}}, where only the reward is
+    required. false: its output is free, and the run's reward judges the last answer."""
 
     @field_validator("command")
     @classmethod
@@ -43,7 +44,7 @@ class CommandConfig(ProgramConfig):
 
 @functools.cache
 def _folders() -> ScratchFolder:
-    """Where the programs of this process work."""
+    """Return the folder in which the programs of this process work."""
     return ScratchFolder("rlkit-agents-")
 
 
@@ -54,15 +55,15 @@ class Printed(Section):
 
 
 class Program(Agent):
-    """It works in an empty folder that is removed afterwards, with the policy at OPENAI_BASE_URL (OPENAI_API_KEY,
-    OPENAI_MODEL), and reads the task from its standard input, as one line of JSON."""
+    """The program works in an empty folder that is removed afterwards, finds the policy at OPENAI_BASE_URL
+    (OPENAI_API_KEY, OPENAI_MODEL), and reads the task from its standard input, as one line of JSON."""
 
     Config = CommandConfig
     config: CommandConfig
 
     @classmethod
     def deterministic(cls, config: CommandConfig) -> bool:
-        return False  # nobody knows what it does
+        return False  # its behaviour is unknown
 
     @classmethod
     def gives_rewards(cls, config: CommandConfig) -> bool:
@@ -97,7 +98,7 @@ class Program(Agent):
             finally:
                 await child.end()
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, True)  # before the answer: the host may end with it
+            await asyncio.to_thread(shutil.rmtree, folder, True)  # before returning, because the host may end then
         if child.process.returncode != 0:
             raise ProgramError(child.ending())
         return _step(printed) if self.config.prints_reward else Step()
@@ -109,7 +110,7 @@ class Program(Agent):
 
 
 async def _output(child: Child, said: str) -> str:
-    """The end of what it prints."""
+    """Return the end of the program's output."""
     tail = Tail()
     reading = asyncio.create_task(tail.follow(child.stdout))
     child.stdin.write(said.encode())
@@ -117,14 +118,14 @@ async def _output(child: Child, said: str) -> str:
         await child.stdin.drain()
     child.stdin.close()
     await child.ended()
-    child.kill()  # what it left behind, with its output
+    child.kill()  # kills what it left behind, which holds its output
     await asyncio.wait({reading}, timeout=LEFT_SECONDS)
     reading.cancel()
     return tail.text()
 
 
 def _step(printed: str) -> Step:
-    """Raises ProgramError."""
+    """Parse the printed reward. Raises ProgramError."""
     line = printed.rpartition("\n")[2]
     try:
         values: dict[str, Any] = Printed.model_validate_json(line, strict=True).model_dump()

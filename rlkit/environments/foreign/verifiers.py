@@ -1,4 +1,4 @@
-"""`environment=verifiers`: environments of PrimeIntellect's package, in the interpreter that has it."""
+"""`environment=verifiers`: environments of Prime Intellect's package, in an interpreter that has it installed."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from rlkit.experience import Message, UserError
 
 SCRIPT = str(Path(__file__).parent / "inside" / "verifiers_bridge.py")
 ROW = "verifiers"
-"""Column with the task as the package has it."""
+"""Column with the task in the package's form."""
 LOADING_SECONDS = 1800.0
-"""In which an environment must have listed its tasks; the first time it may load data."""
+"""Time for an environment to list its tasks; the first time it may have to load data."""
 
 
 class VerifiersConfig(ProgramConfig):
     python: str
-    """Interpreter of an environment with `verifiers` and the package of `id`, as path/to/venv/bin/python."""
+    """Interpreter of a Python environment with `verifiers` and the package of `id`, e.g. path/to/venv/bin/python."""
     id: str
-    """As `verifiers.load_environment` takes it, or of a taskset of verifiers.v1; also a module where the run starts."""
+    """Id for `verifiers.load_environment`, or of a taskset of verifiers.v1; also a module in the folder where the run
+    starts."""
     arguments: Mapping[str, Any] = Field(default_factory=dict)
-    """Of `load_environment`; for verifiers.v1 fields of its `[env]` block, as {agent:{runtime:{type:subprocess}}}."""
+    """Arguments of `load_environment`; for verifiers.v1, fields of its `[env]` block, e.g.
+    {agent:{runtime:{type:subprocess}}}."""
     success_at: float = 0.5
-    """Reward from which an episode has succeeded."""
+    """Reward from which an episode counts as a success."""
     max_tasks: int | None = Field(default=None, ge=1)
-    """Tasks that are used, the first ones; null: all."""
+    """Number of tasks to use, the first ones; null: all."""
 
     @field_validator("python")
     @classmethod
@@ -45,8 +47,8 @@ class VerifiersConfig(ProgramConfig):
 
 
 class Verifiers(Agent):
-    """Tasks, rewards and metrics are those of the verifiers environment. Where it has no data for evaluations, a hash
-    of a task's content decides whether it is held out."""
+    """Tasks, rewards and metrics are those of the verifiers environment. If it has no evaluation data, a hash of a
+    task's content decides whether the task is held out."""
 
     Config = VerifiersConfig
     config: VerifiersConfig
@@ -57,7 +59,7 @@ class Verifiers(Agent):
 
     @classmethod
     def deterministic(cls, config: VerifiersConfig) -> bool:
-        return False  # nobody knows what it does
+        return False  # its behaviour is unknown
 
     @classmethod
     def check(cls, config: VerifiersConfig) -> list[str]:
@@ -96,7 +98,7 @@ def _purpose(config: VerifiersConfig, **more: Any) -> dict[str, Any]:
 
 
 def _listed(config: VerifiersConfig) -> Mapping[str, list[Any]]:
-    """Split -> tasks. Raises UserError."""
+    """Return split -> tasks. Raises UserError."""
     return _asked(config.model_dump_json())
 
 

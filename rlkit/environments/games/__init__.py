@@ -1,1 +1,1 @@
-"""Games for the embedded agent policy (`embedded:agent`): openings and moves of few tokens, answers in microseconds."""
+"""Games for the embedded agent policy (`embedded:agent`): openings and moves take few tokens, answers microseconds."""

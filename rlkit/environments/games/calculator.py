@@ -29,11 +29,11 @@ _WHOLE_NUMBERS = (
 
 class CalculatorConfig(DrawnConfig):
     max_turns: int = Field(default=3, ge=1)
-    """Calls and the answer."""
+    """Calls, plus the answer."""
 
 
 class Calculator(Environment):
-    """The right answer earns 1; it ends the episode, as any answer does.
+    """The right answer earns 1; any answer ends the episode.
 
     >>> task = Calculator.tasks(Calculator.Config(), "heldout", seed=0)[0]
     >>> task.messages[0].content, task.answer
@@ -59,7 +59,7 @@ class Calculator(Environment):
         return str(value(expression))
 
     async def run_tools(self, action: Action) -> Step:
-        return replace(await super().run_tools(action), success=False)  # should no turn be left to answer
+        return replace(await super().run_tools(action), success=False)  # in case no turn is left to answer
 
     def final(self, action: Action) -> Step:
         right = action.text.strip() == self.answer
@@ -67,7 +67,7 @@ class Calculator(Environment):
 
 
 def value(expression: str) -> int:
-    """Of whole numbers. Raises ValueError for what is no such expression."""
+    """Evaluate an expression of whole numbers. Raises ValueError if it is not one."""
     if len(expression) > 64:
         raise ValueError("longer than 64 characters")
     try:

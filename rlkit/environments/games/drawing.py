@@ -20,19 +20,19 @@ class DrawnConfig(EnvironmentConfig):
     train_tasks: int = Field(default=2048, ge=1)
     """Tasks to train on."""
     heldout_tasks: int = Field(default=256, ge=1)
-    """Tasks that are only evaluated on."""
+    """Tasks used only for evaluation."""
 
     def tasks_of(self, split: Split) -> int:
         return self.train_tasks if split == "train" else self.heldout_tasks
 
 
 def of_split(tasks: Iterable[T], key: Callable[[T], str], split: Split) -> list[T]:
-    """Those of a split, each key once. No key is in both splits, whatever the seed."""
+    """Return the tasks of a split, each key once. No key is in both splits, whatever the seed."""
     return [task for name, task in {key(task): task for task in tasks}.items() if _split_of(name) == split]
 
 
 def drawn(draw: Callable[[random.Random], T], key: Callable[[T], str], split: Split, seed: int, count: int) -> list[T]:
-    """`count` tasks of a split with different keys, or all that show up in 100 draws for each."""
+    """Draw `count` tasks of a split with different keys, or as many as appear in 100 draws for each."""
     rng = random.Random(f"{seed}/{split}")
     tasks: dict[str, T] = {}
     for _ in range(100 * count):

@@ -22,11 +22,11 @@ from rlkit.experience import Message
 
 class GuessNumberConfig(EnvironmentConfig):
     max_turns: int = Field(default=5, ge=1)
-    """Guesses."""
+    """Maximum number of guesses."""
     numbers: int = Field(default=16, ge=2)
-    """Numbers between the bounds: bounds included, 16 take at most 5 guesses."""
+    """How many numbers the bounds enclose, bounds included; 16 take at most 5 guesses."""
     max_number: int = Field(default=32, ge=2, le=99)
-    """Largest upper bound; the lower bounds are from 1 on."""
+    """Largest upper bound; lower bounds start at 1."""
 
 
 class GuessNumber(Environment):

@@ -27,11 +27,12 @@ ASKED = 0.1
 
 class HiddenFactsConfig(DrawnConfig):
     max_turns: int = Field(default=3, ge=1)
-    """Calls and the answer."""
+    """Calls, plus the answer."""
 
 
 class HiddenFacts(Environment):
-    """The right answer earns 0.9, and having asked the right question 0.1, however often; both come with the answer.
+    """The right answer earns 0.9, and having asked the right question earns 0.1, however often; both are paid at the
+    answer.
 
     So a wrong answer without asking earns nothing, and asking pays before the policy can use what it hears.
 
@@ -64,7 +65,7 @@ class HiddenFacts(Environment):
         return str(self.colours.get(about, f"there is no {about}"))
 
     async def run_tools(self, action: Action) -> Step:
-        return replace(await super().run_tools(action), success=False)  # should no turn be left to answer
+        return replace(await super().run_tools(action), success=False)  # in case no turn is left to answer
 
     def final(self, action: Action) -> Step:
         right = action.text.strip() == self.colours[self.animal]
@@ -72,7 +73,7 @@ class HiddenFacts(Environment):
 
 
 def _draw(rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """The animal asked about, and the animals' colours."""
+    """Draw the animal to ask about, and the animals' colours."""
     return rng.choice(ANIMALS), tuple(rng.sample(COLOURS, len(COLOURS)))
 
 

@@ -1,4 +1,4 @@
-"""A walk through a maze of which only the cell one stands in is seen.
+"""A walk through a maze in which only the current cell is visible.
 
 environment  Walk from a2 to d5. a2: north, east
 policy       north
@@ -26,18 +26,18 @@ MOVES: dict[str, Cell] = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "we
 
 class MazeConfig(DrawnConfig):
     max_turns: int = Field(default=12, ge=1)
-    """Moves."""
+    """Maximum number of moves."""
     size: int = Field(default=5, ge=2, le=9)
-    """Columns, and rows."""
+    """Number of columns and of rows."""
     walls: float = Field(default=0.4, ge=0, le=1)
-    """Share of the walls that stand, of those that cut nothing off; 1: there is one way between two cells."""
+    """Share of the optional walls (those that cut nothing off) that are kept; 1: only one way between any two cells."""
     train_tasks: int = Field(default=1024, ge=1)
     """Mazes to train on."""
 
 
 class Maze(Environment):
-    """The goal earns 1. A turn's state is the cell it is taken in; the metric `nearness` is the share of the shortest
-    way that lies behind, below 0 farther away than at the start.
+    """The goal earns 1. A turn's state is the cell it starts from; the metric `nearness` is the share of the shortest
+    way covered so far, below 0 if the goal is farther than at the start.
 
     >>> task = Maze.tasks(Maze.Config(heldout_tasks=1), "heldout", seed=0)[0]
     >>> task.messages[0].content
@@ -91,7 +91,7 @@ def seen(cell: str, open_: Mapping[str, Sequence[str]]) -> str:
 
 
 def distances(open_: Mapping[str, Sequence[str]], goal: str) -> dict[str, int]:
-    """Moves to the goal from each cell."""
+    """Return the number of moves to the goal from each cell."""
     moves, cells = {goal: 0}, deque([goal])
     while cells:
         cell = cells.popleft()
@@ -119,7 +119,7 @@ def _apart(cell: str, other: str) -> int:
 
 
 def _maze(config: MazeConfig, rng: random.Random) -> dict[str, list[str]]:
-    """For each cell the moves that no wall stops: a random tree of passages, and further ones."""
+    """Return the open moves from each cell: a random tree of passages, plus further ones."""
     beside_ = _neighbours(config.size)
     cells = list(beside_)
     passages: set[tuple[Cell, Cell]] = set()

@@ -1,1 +1,1 @@
-"""Tools in the package, and the environment that offers them: `environment=tools`."""
+"""Tools included in the package, and the environment that offers them: `environment=tools`."""

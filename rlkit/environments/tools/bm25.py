@@ -39,7 +39,7 @@ class BM25:
         order = np.argsort(np.array(terms, dtype=np.int64), kind="stable")
         holding = np.bincount(np.array(terms, dtype=np.int64), minlength=len(self._vocabulary))
         self._starts = np.concatenate([[0], np.cumsum(holding)])
-        """Postings of term t: from [t] to [t + 1]."""
+        """Postings of term t: from _starts[t] to _starts[t + 1]."""
         self._documents = np.array(documents, dtype=np.int32)[order]
         frequency = np.array(counts, dtype=np.float64)[order]
         length = np.array(lengths, dtype=np.float64)
@@ -50,7 +50,7 @@ class BM25:
         self.size = len(length)
 
     def scores(self, query: str) -> np.ndarray:
-        """Of all texts [N]; a word that the query repeats counts as often."""
+        """Return the scores of all texts [N]; a word that is repeated in the query counts each time."""
         scores = np.zeros(self.size)
         for word, count in Counter(words(query)).items():
             term = self._vocabulary.get(word)
@@ -60,7 +60,7 @@ class BM25:
         return scores
 
     def best(self, query: str, count: int) -> list[tuple[int, float]]:
-        """Numbers and scores of the best texts that share a word with the query; of equal ones the first."""
+        """Return numbers and scores of the best texts that share a word with the query, earlier ones first if equal."""
         scores = self.scores(query)
         matching = np.flatnonzero(scores)
         if len(matching) > count:

@@ -1,4 +1,4 @@
-"""The tool `calculator`: arithmetic of Python's numbers, without `eval`."""
+"""The tool `calculator`: arithmetic on Python's numbers, without `eval`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.environments.tools.base import Session, ToolOptions
 
 LONGEST_EXPRESSION = 1000
 LARGEST_BITS = 10_000
-"""Of whole numbers; decimal fractions end at 1.8e308."""
+"""Size limit of whole numbers; floats end at 1.8e308."""
 Number = int | float
 
 _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
@@ -30,7 +30,7 @@ _MATHEMATICS = (
 
 
 def _rounded(number: Number, digits: int | None = None) -> Number:
-    if digits is not None and abs(digits) > LARGEST_BITS:  # Python works out 10 to the power of it
+    if digits is not None and abs(digits) > LARGEST_BITS:  # Python would compute 10 to that power
         raise ValueError("an argument of round is too large")
     return round(number, digits)
 
@@ -56,7 +56,7 @@ class CalculatorSession(Session):
         try:
             return shown(value(expression))
         except (ValueError, ArithmeticError, TypeError) as error:
-            return f"error: {error.args[-1]}"  # of an OverflowError the first may be a number
+            return f"error: {error.args[-1]}"  # the first argument of an OverflowError may be a number
 
 
 class Calculator(ToolOptions):
@@ -65,7 +65,7 @@ class Calculator(ToolOptions):
 
 
 def value(expression: str) -> Number:
-    """Raises ValueError, ArithmeticError or TypeError with what is wrong.
+    """Evaluate an expression. Raises ValueError, ArithmeticError or TypeError with what is wrong.
 
     >>> value("2^10 - 1"), value("sqrt(2) * sqrt(2)")
     (1023, 2.0000000000000004)
@@ -126,8 +126,8 @@ def _bounded(number: Number) -> Number:
 
 
 def shown(number: Number) -> str:
-    """Whole numbers with all digits, others with twelve, so that rounding errors and last bits of a machine's
-    mathematics do not show.
+    """Format whole numbers with all digits and others with twelve, so that rounding errors and machine-dependent last
+    bits do not show.
 
     >>> shown(0.1 + 0.2), shown(6 / 2), shown(10**20)
     ('0.3', '3', '100000000000000000000')

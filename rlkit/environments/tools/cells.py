@@ -1,4 +1,4 @@
-"""Runs in the sandbox, sent there as text: cells in one namespace, of which only the last is heard."""
+"""Sent to the sandbox as text, where it runs cells in one namespace and shows only the output of the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import types
 
 
 def run(cells: list[str], ended: str) -> None:
-    """Write `ended` behind the output of the last cell that came to its end, if with an exception."""
+    """Run the cells, and write `ended` after the output of the last if it ran to its end, even with an exception."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     heard = [os.dup(1), os.dup(2)]
@@ -30,7 +30,7 @@ def run(cells: list[str], ended: str) -> None:
 
 
 def _run_cell(cell: str, name: str, names: dict[str, object]) -> None:
-    linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)  # tracebacks show its lines
+    linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)  # so that tracebacks show its lines
     try:
         tree = ast.parse(cell, name)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -51,5 +51,5 @@ def _run_cell(cell: str, name: str, names: dict[str, object]) -> None:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed by a cell
+        with contextlib.suppress(OSError, ValueError):  # a cell may have closed it
             stream.flush()

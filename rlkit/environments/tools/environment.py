@@ -31,14 +31,15 @@ BuiltIn = Annotated[
 
 class ToolsConfig(EnvironmentConfig):
     tools: tuple[BuiltIn, ...] = Field(min_length=1)
-    """What the policy may call: calculator, python, search, sql, mcp, user; with options:
+    """Tools that the policy may call: calculator, python, search, sql, mcp, user; with options:
     {kind:sql,database:shop.db}."""
 
 
 class Tools(Environment):
     """Any answer without a call ends the episode, and the run's reward judges it.
 
-    A subclass adds `@tool` methods of its own, and, after `super().reset(task, seed)`, what else an environment does.
+    A subclass can add its own `@tool` methods and, after `super().reset(task, seed)`, anything else that an environment
+    does.
     """
 
     Config = ToolsConfig
@@ -67,7 +68,7 @@ class Tools(Environment):
 
     @classmethod
     def tools(cls, config: ToolsConfig, shared: Sequence[Any]) -> tuple[Tool, ...]:
-        """Raises UserError for two of one name."""
+        """Return all tools. Raises UserError if two have the same name."""
         built_in = (one.offers(prepared) for one, prepared in zip(config.tools, shared, strict=True))
         tools = (*tools_of(cls), *(tool for some in built_in for tool in some))
         if clashes := _clashes([tool.name for tool in tools]):

@@ -1,6 +1,7 @@
-"""A command that does not outlive the process that asked for it: `guard.py PARENT COMMAND...`. Standard library alone.
+"""Runs a command that does not outlive the process that started it: `guard.py PARENT COMMAND...`. Standard library
+only.
 
-It leads a process group, and ends with all of it when the command ends, or its parent, however that was killed.
+It leads a process group, and kills all of it when the command or the parent ends, however that was killed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 
 def main(parent: int, command: list[str]) -> None:
     watched = os.pidfd_open(parent)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # it has ended already
         return
     try:
         child = subprocess.Popen(command)

@@ -1,4 +1,4 @@
-"""The tool `mcp`: the tools of a server that speaks the Model Context Protocol."""
+"""The tool `mcp`: the tools of a Model Context Protocol server."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LACKING = "needs the package mcp: install rlkit with its extra (pip install -e 
 
 
 class _Server:
-    """What a process of the environment holds of a server."""
+    """A server as one process of the environment holds it."""
 
     def __init__(self, options: Mcp) -> None:
         self.options = options
         self.tools: tuple[Tool, ...] = ()
-        """As they were when it started."""
+        """The tools that it had at the start."""
         self._shared: asyncio.Task[Connection] | None = None
 
     async def start(self) -> None:
-        """Raises UserError."""
+        """Connect and read the server's tools. Raises UserError."""
         try:
             connection = await self.shared()
         except (ConnectionFailed, UserError) as error:
@@ -44,7 +44,7 @@ class _Server:
             await connection.close()
 
     async def new(self) -> Connection:
-        """Raises ConnectionFailed or UserError."""
+        """Open a connection. Raises ConnectionFailed or UserError."""
         connection = Connection(self.options, self.options.chosen)
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -54,11 +54,11 @@ class _Server:
         return connection
 
     async def shared(self) -> Connection:
-        """One for all episodes; another if it was retired. Raises ConnectionFailed or UserError."""
+        """Return the connection for all episodes, replaced if it was retired. Raises ConnectionFailed or UserError."""
         task = self._shared
         if task is None or (task.done() and (task.exception() is not None or task.result().retired)):
             task = self._shared = asyncio.create_task(self.new())
-        return await asyncio.shield(task)  # a caller whose time is up does not end the start for the others
+        return await asyncio.shield(task)  # a caller that times out must not cancel the start for the others
 
 
 class McpSession(Session):
@@ -84,7 +84,7 @@ class McpSession(Session):
         except Exception as error:
             if isinstance(error, MCPError) and error.code == INVALID_PARAMS:
                 return f"error: {error}"
-            if connection is not None:  # a server that hangs, or has ended, does so for the other episodes
+            if connection is not None:  # a server that hangs or has ended does so for the other episodes as well
                 connection.retire()
             why = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeoutError):
@@ -115,9 +115,9 @@ class Mcp(ToolOptions, ServerOptions):
     kind: Literal["mcp"] = "mcp"
     session: ClassVar[type[Session]] = McpSession
     tools: tuple[str, ...] = ()
-    """Which of the server's tools are offered; empty: all. With `name`, that and `_` stand before their names."""
+    """Which of the server's tools are offered; empty: all. With `name`, their names are prefixed with it and `_`."""
     deterministic: bool = False
-    """You know that equal calls get equal answers."""
+    """Declares that equal calls get equal answers."""
 
     @model_validator(mode="after")
     def _describes_itself(self) -> Self:
@@ -139,7 +139,7 @@ class Mcp(ToolOptions, ServerOptions):
         return [f"mcp: {problem}" for problem in ([] if _installed() else [_LACKING]) + self.problems()]
 
     async def prepare(self) -> _Server:
-        """Raises UserError."""
+        """Start the server. Raises UserError."""
         if not _installed():
             raise UserError(f"mcp: {_LACKING}")
         server = _Server(self)
@@ -153,7 +153,7 @@ class Mcp(ToolOptions, ServerOptions):
         return shared.tools
 
     def chosen(self, listed: Listed) -> tuple[Tool, ...]:
-        """Raises UserError for arguments that no JSON schema describes."""
+        """Select the tools to offer. Raises UserError for arguments without a valid JSON schema."""
         names = [name for name in self.tools if name in listed] if self.tools else sorted(listed)
         return tuple(Tool(self.prefix + name, *listed[name], _check(name, listed[name][1])) for name in names)
 
@@ -175,7 +175,7 @@ def _check(name: str, schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], s
         kind.check_schema(schema)
     except SchemaError as error:
         raise UserError(f"the arguments of its tool {name} have no JSON schema: {error.message[:200]}") from error
-    validator = kind(schema, registry=REGISTRY)  # without a registry, it would fetch remote references
+    validator = kind(schema, registry=REGISTRY)  # without a registry it would fetch remote references
 
     def check(arguments: Mapping[str, Any]) -> str:
         return "; ".join(
@@ -194,7 +194,7 @@ def _text(result: CallToolResult) -> str:
 
 
 def _part(block: Any) -> str:
-    """A text as it is; of what the policy cannot read, what it is."""
+    """Return a text as it is; for what the policy cannot read, a description."""
     if block.type == "text":
         return str(block.text)
     if block.type in ("image", "audio"):

@@ -1,4 +1,4 @@
-"""Sessions with a server of the Model Context Protocol, by its official SDK, which is imported when one begins."""
+"""Sessions with a Model Context Protocol server, using its official SDK, which is only imported when one starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlkit.environments.tools.base import LocalPath
 from rlkit.experience import UserError
 from rlkit.experience.section import Section
 
-if TYPE_CHECKING:  # it is optional, and takes seconds to import
+if TYPE_CHECKING:  # optional, and takes seconds to import
     from mcp import Client
     from mcp_types import CallToolResult
 
@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 _GUARD = str(Path(__file__).with_name("guard.py"))
 _CONNECT_SECONDS = 10.0
 _LARGEST_EVENT = 64 * 2**20
-"""Bytes of a result that comes over HTTP."""
+"""Maximum bytes of a result over HTTP."""
 
 
 class ServerOptions(Section):
     """Where a server is."""
 
     command: tuple[str, ...] = ()
-    """What starts the server, which is talked to over its standard input and output."""
+    """Command that starts the server, which communicates over its standard input and output."""
     folder: LocalPath = Field(default=Path(), validate_default=True)
-    """Where `command` runs; unless set, where the run was started."""
+    """Working folder of `command`; by default, where the run was started."""
     variables: tuple[str, ...] = ()
     """Environment variables that the command gets, besides HOME, PATH and the like."""
     url: str | None = None
-    """In place of a command: the address of a server that runs, like http://127.0.0.1:8000/mcp (streamable HTTP)."""
+    """Instead of a command: the address of a running server, e.g. http://127.0.0.1:8000/mcp (streamable HTTP)."""
     token_variable: str | None = None
     """Environment variable with the bearer token of `url`."""
     header_variables: Mapping[str, str] = Field(default_factory=dict)
-    """Further headers for `url`: name -> environment variable with its value."""
+    """Further headers for `url`: name -> environment variable that holds the value."""
     per_episode: bool = False
-    """A session for each episode, where the server keeps state; of a command, a process of its own. Else episodes
-    share a session in each process of the environment."""
+    """Use a separate session for each episode, for servers that keep state; with a command, a separate process.
+    Otherwise the episodes in each process of the environment share a session."""
 
     @model_validator(mode="after")
     def _one_way_to_a_server(self) -> Self:
@@ -90,35 +90,35 @@ class ServerOptions(Section):
 
 
 class ConnectionFailed(Exception):
-    """The server cannot be reached, or does not answer as the protocol says."""
+    """The server cannot be reached, or does not follow the protocol."""
 
 
 Listed = Mapping[str, tuple[str, dict[str, Any]]]
-"""A server's tools: name -> description, JSON schema of the arguments."""
+"""A server's tools: name -> description and JSON schema of the arguments."""
 
 
 class Connection:
-    """A session. One task opens and closes it, since the SDK's task groups must be left where they were entered."""
+    """A session. One task opens and closes it, because the SDK's task groups must be left where they were entered."""
 
     def __init__(self, options: ServerOptions, choose: Callable[[Listed], tuple[Tool, ...]]) -> None:
-        """`choose`: what is offered of a server's tools; may raise UserError."""
+        """`choose`: selects what is offered of a server's tools; may raise UserError."""
         self.options, self._choose = options, choose
         self.tools: tuple[Tool, ...] = ()
-        """Others when the server says that they changed."""
+        """Replaced when the server says that they have changed."""
         self.retired = False
-        """It takes no new calls."""
+        """Whether it takes no new calls."""
         self._calls = 0
-        """Under way."""
+        """Number of calls in progress."""
         self._client: Client | None = None
         self._changed, self._ending = False, False
         self._news = asyncio.Event()
-        """Set with either of them."""
+        """Set whenever `_changed` or `_ending` is set."""
         self._task: asyncio.Task[None] | None = None
         self._session_id: str | None = None
         """Over HTTP, if the server keeps sessions."""
 
     async def open(self) -> None:
-        """Raises ConnectionFailed or UserError."""
+        """Open the session. Raises ConnectionFailed or UserError."""
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live(ready))
         try:
@@ -133,13 +133,13 @@ class Connection:
             await asyncio.wait([self._task])
 
     def retire(self) -> None:
-        """End when the calls under way have their answers."""
+        """End the session once the calls in progress have their answers."""
         self.retired = True
         if not self._calls:
             self._end()
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> CallToolResult:
-        """Raises ConnectionFailed, mcp.MCPError, or what else the SDK does where a server misbehaves."""
+        """Call a tool. Raises ConnectionFailed, mcp.MCPError, or whatever the SDK raises if a server misbehaves."""
         if self._client is None:
             raise ConnectionFailed("its session has ended")
         self._calls += 1
@@ -182,7 +182,7 @@ class Connection:
         from mcp import Client
         from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-        # Newer versions of the protocol know no sessions over HTTP, which would hold an episode's state.
+        # Newer protocol versions have no sessions over HTTP, which would hold an episode's state.
         needs_session = self.options.url is not None and self.options.per_episode
         mode = "legacy" if needs_session else "auto"
         client = Client(self._transport(stack), mode=mode, message_handler=self._heard, cache=None)
@@ -216,7 +216,7 @@ class Connection:
 
         http = httpx2.AsyncClient(
             headers=options.headers(),
-            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),  # who calls has a deadline
+            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),  # the caller has a deadline
             limits=httpx2.Limits(max_connections=None),
             event_hooks={"response": [remember]},
         )

@@ -1,4 +1,4 @@
-"""The tool `python`: cells of code in the sandboxes of `reward=code`."""
+"""The tool `python`: code cells in the sandboxes of `reward=code`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PythonSession(Session):
     def __init__(self, options: Python, shared: _Sandboxes, task: Task, seconds: float) -> None:
         super().__init__(options, shared, task, seconds)
         self._cells: list[str] = []
-        """That came to their end."""
+        """Cells that ran to their end."""
 
     @tool
     async def python(self, code: str) -> str:
@@ -68,11 +68,11 @@ class Python(ToolOptions, SandboxOptions):
     """Where the policy's code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There is no
     unisolated mode."""
     replay: bool = False
-    """Names live on from call to call: the episode's earlier cells, but for those that were cut, run again, unheard,
+    """Keep names from call to call: the episode's earlier cells, except those that were cut off, run again silently
     before each new one, within the same limits."""
 
     def repeats(self) -> bool:
-        """Programs read the clock, draw random numbers, and are cut by time."""
+        """Return False: programs read the clock, draw random numbers, and are cut off by time."""
         return False
 
     def check(self, seconds: float) -> list[str]:
@@ -89,7 +89,7 @@ class Python(ToolOptions, SandboxOptions):
         return []
 
     def prepare(self) -> _Sandboxes:
-        """Raises Unavailable."""
+        """Start the sandboxes. Raises Unavailable."""
         isolation = self.sandbox()
         isolation.start()
         return _Sandboxes(isolation, ThreadPoolExecutor(self.processes, thread_name_prefix="python"))

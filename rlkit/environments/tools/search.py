@@ -1,4 +1,4 @@
-"""The tool `search`: BM25 over a file, or a retriever's server."""
+"""The tool `search`: BM25 over a file, or a retrieval server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SearchSession(Session):
         return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1)) or "nothing was found"
 
     async def _asked(self, query: str, count: int) -> list[str]:
-        # Search-R1's server reads a list of queries, others that speak its language a single one.
+        # Search-R1's server reads a list of queries; others with the same protocol read a single one.
         body = json_body({"query": query, "queries": [query], "topk": count, "return_scores": True})
         try:
             texts = await self.shared.post(body, time.monotonic() + STEP_SHARE * self.seconds, _documents)
@@ -56,15 +56,16 @@ class Search(ToolOptions):
     kind: Literal["search"] = "search"
     session: ClassVar[type[Session]] = SearchSession
     corpus: LocalPath | None = None
-    """A file with a JSON object per line, searched by BM25."""
+    """File with one JSON object per line, searched with BM25."""
     text_column: str = "text"
-    """Of the corpus: what is searched and read."""
+    """Column of the corpus that is searched and read."""
     title_column: str | None = None
-    """Of the corpus: a title, searched and read, too."""
+    """Column of the corpus with a title, which is searched and read as well."""
     url: str | None = None
-    """In place of a corpus: where a retriever is asked, like http://127.0.0.1:8000/retrieve, in Search-R1's way."""
+    """Instead of a corpus: the address of a retrieval server with Search-R1's protocol, e.g.
+    http://127.0.0.1:8000/retrieve."""
     documents: int = Field(default=3, ge=1)
-    """What a search returns, at most."""
+    """Maximum number of documents that a search returns."""
 
     @model_validator(mode="after")
     def _corpus_or_server(self) -> Self:
@@ -77,7 +78,7 @@ class Search(ToolOptions):
         return self
 
     def repeats(self) -> bool:
-        """A server is not known to be."""
+        """Whether there is a corpus: a server is not known to repeat its answers."""
         return self.corpus is not None
 
     def check(self, seconds: float) -> list[str]:
@@ -92,7 +93,7 @@ class Search(ToolOptions):
         return []
 
     def prepare(self) -> _Corpus | HttpClient:
-        """Raises UserError."""
+        """Load the corpus or find the server. Raises UserError."""
         if self.corpus is not None:
             texts = list(_texts(self.corpus, self.text_column, self.title_column))
             return _Corpus(texts, BM25(texts))
@@ -105,7 +106,7 @@ class Search(ToolOptions):
 
 
 def _texts(corpus: Path, text_column: str, title_column: str | None) -> Iterator[str]:
-    """Raises UserError with file and line."""
+    """Yield the texts of the corpus. Raises UserError with file and line."""
     columns = [text_column] if title_column is None else [title_column, text_column]
     try:
         with corpus.open(encoding="utf-8") as lines:
@@ -130,8 +131,8 @@ def _column(line: str, column: str, where: str) -> str:
 
 
 def _documents(answer: httpx.Response) -> list[str]:
-    """The texts of `{"result": [[{"document": {"contents": ...}, "score": ...}, ...]]}`, also without the list of
-    queries, without scores, or with `text` (and `title`) for `contents`."""
+    """Return the texts of `{"result": [[{"document": {"contents": ...}, "score": ...}, ...]]}`, also without the list
+    over queries, without scores, or with `text` (and `title`) instead of `contents`."""
     try:
         result: Any = answer.json()["result"]
         if result and isinstance(result[0], list):

@@ -1,4 +1,4 @@
-"""The tool `sql`: queries of a SQLite file that nobody can write."""
+"""The tool `sql`: queries to a SQLite file that nobody can modify."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SCHEMA_PRAGMAS = {
 }
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _REFUSED_FUNCTIONS = {"random", "randomblob", "current_date", "current_time", "current_timestamp", "load_extension"}
-"""Besides what could do harm: what answers differently to the same query."""
+"""Functions that could do harm, or that answer the same query differently."""
 _TIME_FUNCTIONS = {"date": 0, "time": 0, "datetime": 0, "julianday": 0, "unixepoch": 0, "strftime": 1}
-"""Name -> position of the time, without which, or with 'now', the clock is read."""
+"""Name -> position of the time argument; without it, or with 'now', the function reads the clock."""
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 1_000_000,
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
@@ -73,22 +73,22 @@ class Sql(ToolOptions):
     database: str
     """A SQLite file; {db_id} in it stands for the problem's column `db_id`: spider/{db_id}/{db_id}.sqlite."""
     rows: int = Field(default=20, ge=1)
-    """Of a result that the policy reads."""
+    """Maximum rows of a result that the policy reads."""
     million_instructions: float = Field(default=10.0, gt=0)
-    """Of SQLite's machine, that a query may take; ten million are about a second. A limit in seconds would cut the same
-    query in one run and not in the next."""
+    """Millions of SQLite virtual-machine instructions that a query may take; ten million take about a second. A limit
+    in seconds would cut the same query in one run and not in the next."""
 
     @field_validator("database")
     @classmethod
     def _names_columns(cls, database: str) -> str:
         _columns(database)
-        return str(Path(database).expanduser().absolute())  # as LocalPath
+        return str(Path(database).expanduser().absolute())  # as in LocalPath
 
     def needs(self) -> tuple[str, ...]:
         return _columns(self.database)
 
     def check(self, seconds: float) -> list[str]:
-        """Of a file for each problem, nothing."""
+        """Check the database; nothing is checked if each problem has its own file."""
         try:
             if not self.needs():
                 read_only(Path(self.database)).close()
@@ -98,7 +98,7 @@ class Sql(ToolOptions):
 
 
 def _columns(template: str) -> tuple[str, ...]:
-    """Raises ValueError."""
+    """Return the columns that the template names. Raises ValueError."""
     names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     if not all(name.isidentifier() for name in names):
         raise ValueError(f"what is in braces must be the name of a column: {template}")
@@ -106,7 +106,7 @@ def _columns(template: str) -> tuple[str, ...]:
 
 
 def read_only(file: Path) -> sqlite3.Connection:
-    """Of which no statement can write, nor read the clock or random numbers.
+    """Open a connection on which no statement can write or read the clock or random numbers.
 
     Raises EnvironmentFailure if there is no database, sqlite3.Error if it cannot be opened.
     """
@@ -123,7 +123,7 @@ def read_only(file: Path) -> sqlite3.Connection:
     clock = sqlite3.connect(":memory:")
     for name, position in _TIME_FUNCTIONS.items():
         connection.create_function(name, -1, _of_given_time(clock, name, position), deterministic=True)
-    for name in _SCHEMA_PRAGMAS:  # their tables are declared on first use, which looks like writing
+    for name in _SCHEMA_PRAGMAS:  # their tables are declared on first use, which looks like a write
         connection.execute(f"SELECT * FROM pragma_{name} LIMIT 0")
     connection.set_authorizer(_allowed)
     return connection
@@ -141,7 +141,7 @@ def _of_given_time(clock: sqlite3.Connection, name: str, position: int) -> Calla
     def function(*arguments: Any) -> Any:
         time = arguments[position] if len(arguments) > position else "now"
         if isinstance(time, str) and time.lower() in ("now", "subsec", "subsecond"):
-            raise ValueError  # whose message SQLite does not pass on
+            raise ValueError  # SQLite does not pass on its message
         marks = ", ".join("?" * len(arguments))
         return clock.execute(f"SELECT {name}({marks})", arguments).fetchone()[0]
 

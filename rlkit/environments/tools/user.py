@@ -1,4 +1,4 @@
-"""The tool `user`: someone who knows what the prompt leaves out, and says it when asked for it."""
+"""The tool `user`: someone who knows what the prompt leaves out, and says it when asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlkit.experience import UserError
 UNKNOWN = "I can't say."
 _CONCURRENT = 32
 _ASKED = 2
-"""Times a model is asked for an answer that can be read."""
+"""How often a model is asked for a readable answer."""
 
 
 class UserSession(Session):
@@ -48,13 +48,13 @@ class UserSession(Session):
         )
 
     def _by_rule(self, question: str) -> tuple[str, Sequence[str]]:
-        """The answer, and the keys of the facts in it: those named, new ones first."""
+        """Return the answer and the keys of the facts in it: those named in the question, new ones first."""
         named = sorted((keys for keys in self.facts if _is_named(keys, question)), key=self.told.__contains__)
         said = named[: self.options.facts_per_question]
         return " ".join(self.facts[keys] for keys in said), said
 
     async def _by_model(self, question: str) -> tuple[str, Sequence[str]]:
-        """Raises EnvironmentFailure."""
+        """Ask the model. Raises EnvironmentFailure."""
         keys, most = list(self.facts), self.options.facts_per_question
         deadline = time.monotonic() + STEP_SHARE * self.seconds
         known = "\n".join(f"{number}. {self.facts[one]}" for number, one in enumerate(keys, 1))
@@ -84,19 +84,19 @@ class User(ToolOptions):
     session: ClassVar[type[Session]] = UserSession
     pays: ClassVar[bool] = True
     facts: str = "facts"
-    """Data column of what the user knows: {"budget, price": "At most 300.", ...}. A question that has one of the words
-    before a colon gets what is behind it."""
+    """Data column with what the user knows: {"budget, price": "At most 300.", ...}. A question that contains one of the
+    words before a colon gets the text after it."""
     cost: float = Field(default=0.02, ge=0)
-    """Of a question, taken off what it earns: the share of the facts that it brings to light for the first time."""
+    """Cost of a question, subtracted from what it earns: the share of the facts that it reveals for the first time."""
     facts_per_question: int = Field(default=1, ge=1)
-    """Facts that one question gets, at most: without a bound, a list of all words would be the best question."""
+    """Maximum facts per question: without a limit, a list of all words would be the best question."""
     base_url: str | None = Field(default=None, pattern=r"^https?://")
-    """A language model plays the user, behind an OpenAI-compatible endpoint like http://127.0.0.1:8000/v1, and says
-    which facts its answer tells; null: a rule does."""
+    """An OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1, whose language model plays the user and says which
+    facts its answer tells; null: a rule does."""
     model: str | None = None
-    """Its name there."""
+    """The model's name at that endpoint."""
     api_key_variable: str | None = None
-    """Environment variable that holds the key."""
+    """Environment variable that holds the API key."""
 
     @model_validator(mode="after")
     def _model_and_place(self) -> Self:
@@ -119,7 +119,7 @@ class User(ToolOptions):
         return []
 
     def prepare(self) -> ChatClient | None:
-        """Raises UserError."""
+        """Find the model's endpoint. Raises UserError."""
         if self.base_url is None or self.model is None:
             return None
         try:
@@ -158,7 +158,7 @@ def _facts(cell: Any, column: str) -> Mapping[str, str]:
 
 
 def _is_named(keys: str, question: str) -> bool:
-    """Whether one of the keys, separated by commas, is in the question as whole words."""
+    """Whether one of the comma-separated keys occurs in the question as whole words."""
     plain = _words(question)
     return any(f" {_words(key).strip()} " in plain for key in keys.split(",") if _words(key).strip())
 

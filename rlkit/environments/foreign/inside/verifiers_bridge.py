@@ -1,7 +1,7 @@
 """Runs in the interpreter that has `verifiers`, and plays its environments for `environment=verifiers`.
 
-Imports the standard library and verifiers alone. What it reads and writes is said in
-rlkit/environments/foreign/bridge.py; what environments print goes to standard error.
+Imports only the standard library and verifiers. Its messages are described in rlkit/environments/foreign/bridge.py;
+what environments print goes to standard error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 TRIED = "verifiers>=0.3.1,<0.5"
 OF_THE_POLICY = ("turns_spent", "context_length_exceeded", "EmptyModelResponseError", "InvalidModelResponseError")
-"""In errors that the policy brought about: a spent budget, and an answer without content or calls."""
+"""Words in errors that the policy caused: a spent budget, or an answer without content or calls."""
 
 SHOWN = 4000
-"""Characters of an error."""
+"""Characters of an error that are shown."""
 
 
 class Refused(Exception):
-    """For the user, before anything is played."""
+    """A message for the user, before anything is played."""
 
 
 class Classic:
@@ -41,7 +41,7 @@ class Classic:
         self.environment = verifiers.load_environment(name, **arguments)
         if self.environment.requires_group_rollouts or self.environment.provides_advantages:
             raise Refused(f"the rubric of {name} compares the rollouts of a group; rewards of single ones are needed")
-        # The deadline is that of the episode. Making a client is slow, a copy for another address is not.
+        # The episode has the deadline. Creating a client is slow; copying it for another address is not.
         self.openai = openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1", timeout=None)
         self.new_client = OpenAIChatCompletionsClient
 
@@ -68,7 +68,7 @@ class Classic:
 
 
 class Current:
-    """An environment of `verifiers.v1`: a taskset, and the agents that play it."""
+    """An environment of `verifiers.v1`: a taskset and the agents that play it."""
 
     def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
         import verifiers.v1 as vf
@@ -97,7 +97,7 @@ class Current:
     async def run(self, row: Mapping[str, Any], base_url: str, model: str) -> dict[str, Any]:
         vf, environment = self.vf, self.environment
         task = self.of_tasks(self.of_tasks.data_type().model_validate(row), environment.config.taskset.task)
-        # A variable that nobody sets: the address alone is the key.
+        # A variable that nobody sets: the address is the only key.
         client = vf.EvalClientConfig(base_url=base_url, api_key_var="RLKIT_NO_KEY")
         (slot,) = environment.slots(task)
         episode = await environment.run_slot(slot, vf.ModelContext(model=model, client=client))
@@ -135,7 +135,7 @@ def _text(content: Any) -> str:
 
 
 def load(name: str, arguments: Mapping[str, Any]) -> Classic | Current:
-    """Raises Refused."""
+    """Load an environment. Raises Refused."""
     try:
         installed = version("verifiers")
     except PackageNotFoundError:
@@ -173,7 +173,7 @@ def main() -> None:
         answers.write(json.dumps(fields) + "\n")
 
     purpose = json.loads(sys.stdin.readline())
-    sys.path[:1] = []  # of this file
+    sys.path[:1] = []  # the folder of this file
     sys.path.append(purpose["folder"])
     try:
         environment = load(purpose["id"], purpose["arguments"])
