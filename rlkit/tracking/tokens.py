@@ -38,7 +38,7 @@ class Pieces:
 
     def __call__(self, sample: Sample) -> list[str]:
         ids, decode = sample.token_ids.tolist(), self.tokenizer.backend_tokenizer.decode
-        # Most tokens add the text that they decode to alone; comparing with the text shows whether all do. Decoding in
+        # Most tokens add the text that they decode to singly; comparing with the text shows whether all do. Decoding in
         # order is slower.
         for token in set(ids).difference(self._alone):
             self._alone[token] = decode([token])
