@@ -1,4 +1,4 @@
-"""Who may reach a server: addresses of this machine, names in a Host header, tokens."""
+"""Access to a server: addresses of this machine, names in a Host header, tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """Of a Host header, without its port."""
+    """Return the host name in a Host header, without its port."""
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
 def same_token(given: str, token: str) -> bool:
-    """In a time that tells nothing of where they differ."""
+    """Compare in constant time, so that the duration does not reveal where the two differ."""
     return secrets.compare_digest(given.encode(), token.encode())
 
 
 def token_problem(token: str) -> str | None:
-    """Why a token will not do."""
+    """Return why a token is not acceptable, or None."""
     if len(token) >= LEAST_TOKEN_CHARACTERS and token.isascii():
         return None
     remedy = 'python -c "import secrets; print(secrets.token_urlsafe())" makes a good one'

@@ -1,6 +1,6 @@
 """Checks of how parts fit together: small pure functions, each about one combination.
 
-A check runs if what its parameters name was valid by itself.
+A check runs if the sections and parts that its parameters name are each valid on their own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from rlkit.models.usable import known_run, refusals
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
-    """Issues of all checks whose parameters are all in `available` (section or part by name)."""
+    """Return the issues of all checks whose parameters are all in `available` (section or part by name)."""
     issues: list[ConfigIssue] = []
     for check in CHECKS:
         names = list(inspect.signature(check).parameters)
@@ -105,7 +105,7 @@ def reward_can_compare(algorithm: Algorithm, reward: Part, rollout: RolloutConfi
 
 
 def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
-    """Logits may spread over ten in one group and over a tenth in the next, which would then hardly count."""
+    """Logits may spread over 10 in one group and over 0.1 in the next, which would then hardly count."""
     if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
         yield ConfigIssue(
             "reward",
@@ -178,7 +178,7 @@ def cache_holds_a_sequence(
     evaluation: EvaluationConfig,
     cluster: ClusterConfig,
 ) -> Issues:
-    """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
+    """On CPU the key-value cache has a fixed size. vLLM would refuse it only after loading the model."""
     if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
         return
     tokens = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
@@ -188,7 +188,7 @@ def cache_holds_a_sequence(
 
 
 def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig, algorithm: Algorithm) -> Issues:
-    """Each optimizer step takes an equal share of whole groups, and every rank gets some samples of it."""
+    """Each optimizer step takes an equal share of whole groups, and every rank gets some samples of that share."""
     together = algorithm.needs().layout != "any"  # ranks are dealt whole groups
     yield from _unequal_minibatches("learner", learner, trainer, 1 if together else algorithm.config.samples_per_prompt)
 
@@ -348,7 +348,7 @@ def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> I
 
 
 def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
-    usual = (None, 0.5)  # 0.5 was the default: it stands in older files
+    usual = (None, 0.5)  # 0.5 was the default, so it is in older files
     if cluster.address is not None and cluster.object_store_gib not in usual:
         yield ConfigIssue(
             "cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already"

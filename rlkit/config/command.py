@@ -17,10 +17,10 @@ INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None, *, has_dry_run: bool = False) -> int:
-    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError
-    or a package that an extra brings, 130 after Ctrl-C.
+    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError or a package of an
+    extra that is not installed, 130 after Ctrl-C.
 
-    `--version` among the arguments is answered here.
+    `--version` among the arguments is handled here.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--version" in words:
@@ -64,8 +64,8 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def split_off_subject(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The run, checkpoint or model that a command is about, and its other arguments: a first word that is neither
-    `key=value` nor `--option`, or what `run=` names. Raises ConfigError if there are two."""
+    """Return the run, checkpoint or model that a command is about, and its other arguments. The subject is a first word
+    that is neither `key=value` nor `--option`, or the value of `run=`. Raises ConfigError if there are two."""
     words = list(arguments)
     named = [word.removeprefix("run=") for word in words[:1] if _is_subject(word)]
     rest = words[len(named) :]
@@ -80,7 +80,8 @@ def _is_subject(word: str) -> bool:
 
 
 def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """`--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is missing."""
+    """Return the file of `--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is
+    missing."""
     file: Path | None = None
     others: list[str] = []
     rest = iter(arguments)

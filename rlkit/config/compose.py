@@ -1,4 +1,4 @@
-"""Overrides, option files and a configuration file become one plain tree, each value with its source."""
+"""Merges overrides, option files and a configuration file into one plain tree that knows the source of each value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlkit.config.parts import conf_dir, import_part
 
 
 def default_options(folder: Path) -> dict[str, str | None]:
-    """Group -> its default option, from the defaults list of `config.yaml`."""
+    """Return group -> its default option, from the defaults list of `config.yaml`."""
     entries = option_fields(folder, ".", "config").get("defaults", [])
     return {
         str(group).removeprefix("optional ").rpartition("@")[2]: option
@@ -33,14 +33,14 @@ def default_options(folder: Path) -> dict[str, str | None]:
 
 
 def borrowed_options(folder: Path) -> dict[str, str]:
-    """Group without files -> the group whose options it takes: `reward@verifier: rule` in the defaults list."""
+    """Return group without files -> the group whose options it takes: `reward@verifier: rule` in the defaults list."""
     entries = option_fields(folder, ".", "config").get("defaults", [])
     names = [str(group) for entry in entries if isinstance(entry, Mapping) for group in entry]
     return {borrower: source for source, _, borrower in (name.partition("@") for name in names) if borrower}
 
 
 def group_options(folder: Path) -> dict[str, list[str]]:
-    """Group -> its options, sorted, by file names alone. A folder with a `config.yaml` is another command's."""
+    """Return group -> its options, sorted, from file names. A folder with a `config.yaml` is another command's."""
     options = {
         group.name: sorted(file.stem for file in group.glob("*.yaml"))
         for group in folder.iterdir()
@@ -51,7 +51,7 @@ def group_options(folder: Path) -> dict[str, list[str]]:
 
 
 def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConfig:
-    """The tree of `config.yaml` with the chosen options; the `hydra` node is kept for interpolations.
+    """Return the tree of `config.yaml` with the chosen options. The `hydra` node is kept for interpolations.
 
     Raises HydraException if the files of conf/ themselves are wrong.
     """
@@ -60,7 +60,7 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
 
 @cache
 def _composed(folder: Path, choices: tuple[tuple[str, str | None], ...]) -> DictConfig:
-    """Kept, as composing takes most of the time in which a configuration is loaded. Not to be changed."""
+    """Compose and cache the tree: composing takes most of the loading time. Callers must not change the result."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         names = {borrower: f"{source}@{borrower}" for borrower, source in borrowed_options(folder).items()}
@@ -76,7 +76,7 @@ def _composed(folder: Path, choices: tuple[tuple[str, str | None], ...]) -> Dict
 
 @cache
 def _content(file: Path) -> Any:
-    """Of an option file, read once. Not to be changed."""
+    """Return the content of an option file, read once. Callers must not change it."""
     return OmegaConf.to_container(OmegaConf.load(file))
 
 
@@ -88,21 +88,21 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
     fields = own if isinstance(own, dict) else content
-    return {str(key): value for key, value in fields.items() if group == "." or key != "defaults"}  # choices of options
+    return {str(key): value for key, value in fields.items() if group == "." or key != "defaults"}  # it chooses options
 
 
 def option_values(group: str, option: str, folder: Path | None = None) -> dict[str, Any]:
-    """Full key -> value of all that an option's file sets, interpolations as they are written."""
+    """Return full key -> value of everything that an option's file sets, with interpolations unresolved."""
     file = _option_file(group, option, folder or conf_dir())
     content = _content(file)
     for_all = "@package _global_" in file.read_text()
     values = _flat(content if for_all else {group: content})
-    return {key: value for key, value in values.items() if key != "defaults"}  # an experiment's choices of options
+    return {key: value for key, value in values.items() if key != "defaults"}  # an experiment chooses options
 
 
 def values_of(chosen: Mapping[str, str | None], folder: Path) -> dict[str, tuple[Any, str]]:
-    """Full key -> (value, `group=option`) of everything that the chosen options set, the last one if several do. What
-    has no file (a class of the user's, a combination) sets nothing."""
+    """Return full key -> (value, `group=option`) of everything that the chosen options set; the last option wins. An
+    option without a file (a user's class, a combination) sets nothing."""
     values: dict[str, tuple[Any, str]] = {}
     for group, option in chosen.items():
         if option is not None and _option_file(group, option, folder).is_file():
@@ -112,24 +112,24 @@ def values_of(chosen: Mapping[str, str | None], folder: Path) -> dict[str, tuple
 
 
 def option_text(group: str, option: str) -> str:
-    """The first sentence of the comment in an option's file, else what its class says of itself."""
+    """Return the first sentence of the comment in an option's file, else of its class's docstring."""
     comment = option_comment(group, option)
     return first_sentence(comment or headline(import_part(group, option_values(group, option)[f"{group}._target_"])))
 
 
 def first_sentence(text: str) -> str:
-    """Without its full stop."""
+    """Return the first sentence without its full stop."""
     return re.split(r"(?:(?<=\w{3}\.)|(?<=\)\.))\s", " ".join(text.split()))[0].rstrip(".")
 
 
 def option_comment(group: str, option: str) -> str:
-    """At the head of its file, as one line; may be empty."""
+    """Return the comment at the head of an option's file as one line; it may be empty."""
     lines = _option_file(group, option, conf_dir()).read_text().splitlines()
     return " ".join(line.lstrip("# ") for line in lines if re.match(r"# (?!@package)", line))
 
 
 def headline(cls: type) -> str:
-    """The first paragraph of what a class, or its file, says of itself."""
+    """Return the first paragraph of the docstring of a class, or else of its module."""
     text = (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n\n")[0]
     return " ".join(text.split())
 
@@ -145,7 +145,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def default_part(kind: str) -> dict[str, Any]:
-    """The default option of a part, every field spelled out."""
+    """Return the default option of a part with every field filled in."""
     folder = conf_dir()
     fields = option_fields(folder, kind, default_options(folder)[kind] or "")
     target = fields.pop("_target_")
@@ -168,7 +168,7 @@ class Sources:
     """Full key -> (value, `group=option`) of what the chosen options set."""
 
     def origin(self, key: str) -> str:
-        """Who decides the value of `key`, in words."""
+        """Describe where the value of `key` comes from."""
         if key in self.typed or self._whole(key):
             return "as typed"
         if any(name in self.in_file for name in (key, *_parents(key))):
@@ -176,7 +176,7 @@ class Sources:
         return f"set by {self.presets[key][1]}" if key in self.presets else "the default"
 
     def where(self, key: str, value: Any) -> str:
-        """The argument that set `key`, or `key=value` and its file; `key` alone if nothing set it."""
+        """Return the argument that set `key`, or `key=value` and its file; `key` alone if nothing set it."""
         if key in self.options:
             chosen = self.typed.get(f"{key}._target_") or self.typed.get(key)
             return chosen or f"{key}={self.options[key]}"
@@ -185,7 +185,7 @@ class Sources:
         below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
         whole = self._whole(key)
         if isinstance(value, dict) and below:
-            return below[-1]  # `seed.x=1` makes a section of what is a value
+            return below[-1]  # `seed.x=1` turns a value into a section
         if whole:
             return whole[0]
         text = key if value is None or isinstance(value, dict) else f"{key}={spelled(value)}"
@@ -195,7 +195,7 @@ class Sources:
         return text if value is None or preset != value else f"{text} (set by {option})"
 
     def _whole(self, key: str) -> list[str]:
-        """Arguments that set a section of `key` at once: `trainer={total_steps: 3}`."""
+        """Return the arguments that set a whole section above `key`: `trainer={total_steps: 3}`."""
         return [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
 
 
@@ -203,14 +203,14 @@ def merge_file(
     composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources, without: Collection[str] = ()
 ) -> list[ConfigIssue]:
     """Merge a configuration file into the composed values; return its problems. A part with a `_target_` is replaced
-    whole. `without`: sections that are not read."""
+    as a whole. `without`: sections that are not read."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         return [ConfigIssue(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
     if not isinstance(content, dict):
         return [ConfigIssue(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
-    for key in ("run_dir", "resume", *without):  # of the run that wrote the file: this one is another
+    for key in ("run_dir", "resume", *without):  # they belong to the run that wrote the file
         content.pop(key, None)
     sources.file = file
     problems = []
@@ -236,7 +236,7 @@ def merge_file(
 
 
 PATH_KEYS = ("path", "template", "file", "folder", "dir")
-"""Keys whose names end in one of these name files."""
+"""Keys whose names end in one of these hold paths."""
 
 
 def at_home(path: str) -> str:
@@ -247,7 +247,7 @@ def at_home(path: str) -> str:
 
 
 def in_home(value: Any, key: str = "") -> Any:
-    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
+    """Replace `~` at the start of a path by the user's home, which a shell does not do after `key=`."""
     if isinstance(value, dict):
         return {name: in_home(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list):
@@ -258,7 +258,7 @@ def in_home(value: Any, key: str = "") -> Any:
 
 
 def set_value(composed: DictConfig, key: str, value: Any) -> None:
-    """Set one full key, creating sections on the way; validation reports later if the key does not exist."""
+    """Set one full key, creating sections as needed; validation later reports a key that does not exist."""
     OmegaConf.update(composed, key, value, merge=True, force_add=True)
 
 
@@ -276,9 +276,9 @@ def spelled(value: Any) -> str:
 def add_parts(
     composed: DictConfig, folder: Path, options: Collection[str], chosen: Mapping[str, str], file: Path | None
 ) -> tuple[dict[str, str], list[ConfigIssue]]:
-    """Put the parts of `reward=[a,b]`, or of a file's list, into `composed`.
+    """Put the parts of `reward=[a,b]`, or of a list in the file, into `composed`.
 
-    Return the reward's name for messages (empty if it is no list), and the file's problems.
+    Return the reward's name for messages (empty if it is not a list), and the file's problems.
     """
     problems = []
     section = composed.get("reward")
@@ -299,7 +299,7 @@ def add_parts(
 
 
 def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
-    """Notes on the keys of parts that do not exist (`reward.parts.polr.weight`)."""
+    """Return notes on the keys of parts that do not exist (`reward.parts.polr.weight`)."""
     parts = section.get("parts")
     if not isinstance(parts, Mapping):
         return {}

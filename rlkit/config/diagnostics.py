@@ -1,4 +1,4 @@
-"""Whether the chosen diagnostics can say anything in this run."""
+"""Check that the chosen diagnostics can report something in this run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `rollout.engine` passes to vLLM: arguments that rlkit has no option for, and the correction they need."""
+"""Checks of `rollout.engine`: vLLM arguments that rlkit has no option for, and the correction that they need."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ OWNED: Mapping[str, str] = {
     "weight_transfer_config": "cluster.weight_transfer",
     "seed": "seed",
 }
-"""Argument of vLLM's engine -> the option that sets it."""
+"""Argument of vLLM's engine -> rlkit's option that sets it."""
 FIXED = (
     *("skip_tokenizer_init", "distributed_executor_backend", "logprobs_mode", "disable_log_stats", "generation_config"),
     *("worker_extension_cls", "tokenizer", "runner", "enable_lora"),
     *("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size"),
 )
-"""Arguments on which rlkit's own use of the engine rests."""
+"""Arguments that rlkit's use of the engine depends on."""
 FIXED_ON_CPU = ("block_size", "enable_chunked_prefill", "max_num_batched_tokens", "async_scheduling")
 EXACT_CACHES = ("auto", "bfloat16", "float16", "float32")
-"""Types of keys and values that leave the sampler's precision what it is."""
+"""Types of the key-value cache that do not lower the sampler's precision."""
 
 
 def other_precision(rollout: RolloutConfig) -> tuple[str, ...]:
-    """Arguments by which the sampler computes more coarsely than its weights came."""
+    """Return the arguments that make the sampler compute at a lower precision than that of the weights it gets."""
     engine = rollout.engine
     coarse = {
         "quantization": engine.get("quantization") is not None,
@@ -55,7 +55,7 @@ def other_precision(rollout: RolloutConfig) -> tuple[str, ...]:
 
 @cache
 def engine_arguments() -> frozenset[str]:
-    """Names of vLLM's EngineArgs, read from its source: importing it takes seconds. Empty without vLLM."""
+    """Return the names of vLLM's EngineArgs, read from its source, as importing takes seconds. Empty without vLLM."""
     spec = importlib.util.find_spec("vllm")
     roots = [] if spec is None else list(spec.submodule_search_locations or [])
     sources = [path for root in roots if (path := Path(root) / "engine" / "arg_utils.py").is_file()]
@@ -91,7 +91,7 @@ def _drafts(speculative: Any, device: str) -> Iterator[ConfigIssue]:
     key = "rollout.engine.speculative_config"
     if speculative is None:
         return
-    if device == "cpu":  # its stand-in for the kernel that gives each draft its temperature writes into a copy
+    if device == "cpu":  # its replacement of the kernel that sets each draft's temperature writes into a copy
         yield ConfigIssue(
             key, "is for GPUs: vLLM 0.32 samples drafts at undefined temperatures with cluster.device=cpu"
         )
@@ -107,7 +107,7 @@ def _drafts(speculative: Any, device: str) -> Iterator[ConfigIssue]:
 
 
 def other_precision_is_corrected(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
-    """The sampler's distribution is then not the learner's, in every token."""
+    """With a lower precision the sampler's distribution differs from the learner's in every token."""
     names = ", ".join(other_precision(rollout))
     if not names or rollout.source != "policy":
         return

@@ -1,4 +1,4 @@
-"""Whether environment, data, reward and sampling fit together."""
+"""Checks that environment, data, reward and sampling fit together."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def environment_is_usable(environment: Part | None) -> Issues:
         return
     try:
         tools_of(environment.cls)
-    except Exception as error:  # whatever an annotation of the user's raises
+    except Exception as error:  # a user's annotation may raise anything
         yield ConfigIssue("environment", f"{environment.cls.__name__}: {error}")
         return
     for message in environment.cls.check(environment.config):
@@ -132,7 +132,7 @@ def options_of_turns_act(environment: Part | None, typed: AbstractSet[str]) -> I
 
 
 def episodes_of_several_rows(environment: Part | None, reward: Part, algorithm: Algorithm) -> Issues:
-    """Agents may hold several conversations, and a template that rewrites earlier turns makes them of one."""
+    """An agent may hold several conversations, and a template that rewrites earlier turns splits one into several."""
     if environment is None or not may_have_segments(environment.cls, environment.config):
         return
     whose = "an agent's" if issubclass(environment.cls, Agent) else "those of environment.history=rerender"
@@ -147,7 +147,7 @@ def episodes_of_several_rows(environment: Part | None, reward: Part, algorithm: 
 
 
 def longest_sample(run: ResolvedRun) -> int:
-    """Tokens behind the prompt, for which a learner has room."""
+    """Return the most tokens that may follow a prompt in the learner."""
     cls, options = run.environment_class, run.environment_config
     if cls is not None and options is not None and may_have_segments(cls, options):
         return max(longest_episode(run.config), run.config.rollout.max_response_tokens)

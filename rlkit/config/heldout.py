@@ -1,4 +1,4 @@
-"""Held-out problems: the further sets of `evaluation.sets`, and checks of how and by whom answers are judged."""
+"""Held-out problems: the further sets in `evaluation.sets`, and checks of how answers are sampled and judged."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from rlkit.experience.names import nearest
 from rlkit.experience.section import Section
 
 ROWS = ("path", "subset", "split", "revision")
-"""Keys that say together which rows are meant: a set with a path of its own inherits none of them."""
+"""Keys that together select the rows. A set with its own path inherits none of them."""
 
 
 class SetOptions(Section):
-    """What a set has besides the keys of its source."""
+    """Keys of a set in addition to those of its source."""
 
     data: str | None = None
     """An option of `data`; null: the run's source, with its columns."""
     prompts: int | None = Field(default=None, ge=1)
-    """Problems asked in each evaluation (all if there are fewer); null: `trainer.evaluation_prompts`."""
+    """Problems per evaluation (all if there are fewer); null: `trainer.evaluation_prompts`."""
 
 
 class HeldoutSets:
-    """Reads sections `evaluation.sets.NAME`: data parts of their own, with the columns of `data` unless they name
-    another source. `problems` are those of all that were read."""
+    """Reads sections `evaluation.sets.NAME`: separate data parts, with the columns of `data` unless they name another
+    source. `problems` collects the problems of all sections read."""
 
     def __init__(self, folder: Path, options: Collection[str], data: Mapping[str, Any] | None, where: Where) -> None:
-        """`options` of `data` in the configuration folder; `data`: the run's section, None if it is unusable."""
+        """`options`: those of `data` in the configuration folder; `data`: the run's section, None if unusable."""
         self.folder, self.options, self.data, self.where = folder, options, data, where
         self.problems: list[ConfigIssue] = []
 
@@ -74,7 +74,7 @@ class HeldoutSets:
         return None if options is None or config is None else HeldoutSet(cls, config, options.prompts)
 
     def _fields(self, key: str, option: str | None, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The class of a set's source, None if that is not known, and its fields."""
+        """Return the class of a set's source (None if unknown) and its fields."""
         if not NAME.fullmatch(key.rpartition(".")[2]):
             self._refuse(key, {}, "is a name in metrics: letters, digits and _ only, a letter first")
             return None, {}
@@ -87,7 +87,7 @@ class HeldoutSets:
         if option is not None:
             fields = option_fields(self.folder, "data", option) | own
         elif TARGET in own or self.data is None:
-            fields = own  # without usable data nothing can be inherited, which is reported there
+            fields = own  # unusable data has nothing to inherit; it is reported itself
         else:
             rows = ROWS if "path" in own else ()
             inherited = {k: v for k, v in self.data.items() if not k.startswith("heldout_") and k not in rows}
@@ -106,12 +106,12 @@ class HeldoutSets:
 
 
 def with_whole_sets(evaluation: EvaluationConfig, sets: Mapping[str, HeldoutSet]) -> EvaluationConfig:
-    """Every value of the sets spelled out."""
+    """Return the section with every value of its sets filled in."""
     return evaluation.model_copy(update={"sets": {name: one.section() for name, one in sets.items()}})
 
 
 def held_out_from(config: DataConfig) -> str:
-    """What makes the held-out problems of a source others than those it trains on, with the key that says so."""
+    """Describe how a source separates its held-out problems from its training problems, with the key that sets it."""
     if hasattr(config, "heldout_problems"):
         return "drawn (data.heldout_problems)"
     for key, what in (("heldout_path", "those of"), ("heldout_split", "the split")):
@@ -136,7 +136,7 @@ def evaluation_is_of_one_kind(evaluation: EvaluationConfig) -> Issues:
 
 
 def verifier_judges_held_out_answers(verifier: Part, data: DataSource, evaluation: EvaluationConfig) -> Issues:
-    """A verifier does not learn, and judges the responses with what the data provide."""
+    """A verifier must not learn, and judges the responses using what the data provide."""
     traits = verifier.cls.traits(verifier.config)
     if traits.update_when != "none" or traits.follows_policy:
         yield ConfigIssue(
@@ -148,7 +148,7 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource, evaluatio
             f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has "
             f"{evaluation.samples} (evaluation.samples)",
         )
-    # Without gold answers a run is not evaluated, which is a warning once the rows are read.
+    # A run without gold answers is not evaluated; it warns of that once the rows are read.
     needed = [*(["references"] if traits.references else []), *traits.columns]
     yield from _lacking("verifier", verifier, needed, data)
 

@@ -1,5 +1,5 @@
-"""`--help [SECTION ...]`: groups with their options, keys with type, default and meaning, from schema and conf/; what a
-metric means, from metrics.yaml."""
+"""`--help [SECTION ...]`: groups with their options, and keys with type, default and meaning, from the schema and
+conf/; meanings of metrics, from metrics.yaml."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class Block:
     text: str
     fields: Sequence[tuple[str, FieldInfo]]
     names: frozenset[str]
-    """Words that ask for it whole."""
+    """Words that select the whole block."""
     sets: Mapping[str, Any]
-    """Full key -> (value, the option that sets it), where that is not the schema's default."""
+    """Full key -> (value, the option that sets it), where the value is not the schema's default."""
     same_as: str = ""
-    """The block that lists its keys already."""
+    """The block that already lists its keys."""
     idle: frozenset[str] = frozenset()
-    """Keys that do nothing with what it sets."""
+    """Keys that have no effect with the values that the block sets."""
 
 
 def print_help(words: Sequence[str] = ()) -> int:
-    """Print all options and keys, or what `words` ask for; return the exit code. Raises ConfigError for a word that
-    fits nothing."""
+    """Print all options and keys, or those that `words` select; return the exit code. Raises ConfigError for a word
+    that matches nothing."""
     console, folder = Console(), conf_dir()
     options, chosen = group_options(folder), default_options(folder)
     words = [f"algorithm={word}" if word in options["algorithm"] else word for word in words]  # --help kto
@@ -105,7 +105,7 @@ def print_help(words: Sequence[str] = ()) -> int:
 
 
 def _print_metrics(console: Console, listed: Mapping[str, Sequence[metric_table.MetricRow]]) -> None:
-    """By section; what they mean, and of those without a section how to read them, too."""
+    """Print metrics by section with their meaning; those without a section also with how to read them."""
     for section, rows in listed.items():
         console.print(f"\n[bold]{escape(section)}[/]" if section else "", highlight=False)
         for row in rows:
@@ -187,7 +187,7 @@ def _class_block(
 
 
 def matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
-    """Blocks of that name, else the keys whose names have the word."""
+    """Yield the blocks of that name, or else the keys whose names contain the word."""
     named = [block for block in blocks if word in block.names]
     if named:
         for b in named:
@@ -201,7 +201,7 @@ def matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
 
 
 def recipe_text(block: Block) -> str:
-    """Of an algorithm's recipe, which may set keys of other sections; empty for all else."""
+    """Return the text of an algorithm's recipe, which may set keys of other sections; empty for all other blocks."""
     kind, _, option = block.title.partition("=")
     if kind != "algorithm":
         return ""
@@ -210,7 +210,8 @@ def recipe_text(block: Block) -> str:
 
 
 def option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:
-    """`cluster=multi_gpu`: an option that is no class, by what it sets; a group alone, by its options."""
+    """Yield the block of an option that is not a class (`cluster=multi_gpu`), with what it sets; for a group alone, the
+    blocks of its options."""
     group, _, option = word.partition("=")
     for name in options.get(group, ()) if not option else (option,):
         if group in options and name in options[group]:
@@ -263,7 +264,7 @@ def print_section(
             f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False, soft_wrap=True
         )
         if info.description:
-            text = " ".join(info.description.split())  # the source's line ends are not the terminal's
+            text = " ".join(info.description.split())  # without the line breaks of the source
             console.print(Padding(escape(text), (0, 0, 0, 6)), highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""Checks of numbers and names that are allowed and can hardly be meant."""
+"""Checks of numbers and names that are allowed but probably not intended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.experience.names import edits, nearest
 
 HIGH_RATE, ABSURD_RATE = 0.01, 0.1
 MANY_RESPONSES = 65536
-"""Per step; published runs take up to about 16,000."""
+"""Responses per step; published runs use up to about 16,000."""
 STALE_VERSIONS = 8
 HIGH_KL, HIGH_ENTROPY = 10, 1
 
@@ -70,7 +70,7 @@ def staleness_is_bounded(trainer: TrainerConfig) -> Issues:
 
 
 def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> Issues:
-    """A reward or an algorithm of the user's may report metrics of other names."""
+    """A user's reward or algorithm may report metrics with other names."""
     name = trainer.best_metric
     if name is None:
         return
@@ -90,9 +90,9 @@ def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> 
 
 
 def intervals_happen(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
-    """Those that the user set: presets have theirs for longer runs."""
+    """Check the intervals that the user set; those of presets are meant for longer runs."""
     if trainer.total_epochs is not None:
-        return  # the data say how many steps they are
+        return  # the number of steps depends on the data
     for name in ("evaluate_every_steps", "save_every_steps"):
         every = getattr(trainer, name)
         if every > trainer.total_steps and f"trainer.{name}" in typed:

@@ -1,6 +1,6 @@
-"""From command-line arguments to a checked configuration: compose, type every section, find the parts, check.
+"""From command-line arguments to a checked configuration: compose, type every section, import the parts, check.
 
-All issues are reported at once, and nothing is started.
+All issues are reported at once; nothing is started.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Loading:
         combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
         self.problems += problems
         targets = {kind: (composed.get(kind) or {}).get(TARGET) for kind in self.contracts}
-        for kind in self.contracts:  # a class first: its fields are not those of the option's class
+        for kind in self.contracts:  # first the class: its fields may differ from those of the option's class
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
@@ -109,7 +109,7 @@ class Loading:
         return self._plain(composed)
 
     def _replace_part(self, composed: DictConfig, kind: str, target: Any) -> None:
-        """Replace an option by a user's class; the option's values stay only for its subclasses."""
+        """Replace an option by a user's class; the option's values are kept only for its subclasses."""
         try:
             inherits = issubclass(
                 import_part(kind, target, self.contracts[kind]),
@@ -136,7 +136,7 @@ class Loading:
         return present
 
     def validate(self) -> None:
-        """Type every section and find the parts; what is valid becomes available to the checks."""
+        """Type every section and import the parts; whatever is valid becomes available to the checks."""
         configs = {kind: self._part_class(kind) for kind in self.contracts if kind not in self.overrides.unusable}
         known = self._known_keys(configs)
         for kind, cls in configs.items():
@@ -155,7 +155,7 @@ class Loading:
     def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
         reported = len(self.problems)
         config = self._typed_part(kind, cls, known)
-        if kind == "verifier":  # a reward's own validators speak of `reward.x`
+        if kind == "verifier":  # a reward's own validators refer to `reward.x`
             self.problems[reported:] = map(of_the_verifier, self.problems[reported:])
         return config
 
@@ -164,7 +164,7 @@ class Loading:
         model = _model(cls, fields)
         if model is cls.Config:
             return self._section(model, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
-        # A model with a typed section for each reward inside: it only checks.
+        # A model with a typed section for each reward inside; it is used only for validation.
         reported = len(self.problems)
         typed = self._section(model, fields, f"{kind}.", known, unknown_parts(fields))
         self.problems[reported:] = map(in_part, self.problems[reported:])
@@ -201,7 +201,7 @@ class Loading:
             return None
 
     def _run_config(self, known: Sequence[str]) -> None:
-        """All sections of the schema, and the keys that belong to none."""
+        """Type all sections of the schema, and the keys that belong to none."""
         for name, info in self.schema.model_fields.items():
             section = section_type(info.annotation)
             if section is None:
@@ -217,7 +217,7 @@ class Loading:
         rest = {key: value for key, value in self.tree.items() if not self._is_section(key)}
         stand_ins: dict[str, Any] = {kind: {} for kind in self.contracts}
         if "run_dir" not in rest:
-            stand_ins["run_dir"] = "."  # its interpolation failed, which is reported already
+            stand_ins["run_dir"] = "."  # its interpolation failed, which has been reported
         top = self._section(self.schema, {**rest, **stand_ins}, "", known)
         if top is not None:
             self.available |= {name: value for name, value in top if not self._is_section(name)}
@@ -242,7 +242,8 @@ class Loading:
         return typed
 
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
-        """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
+        """Return notes on keys that this class lacks and that resemble none of its own: which options have them, or a
+        key one edit away."""
         own = cls.Config.model_fields
         named = [key for key in fields if key in own or is_called(f"{kind}.{key}", {f"{kind}.{name}" for name in own})]
         unknown = [key for key in fields if key not in named and nearest(key, own) is None]
@@ -277,7 +278,7 @@ class Loading:
 
 
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
-    """A part's Config, or for a reward made of others, a model with their sections."""
+    """Return a part's Config or, for a reward that combines others, a model with their sections."""
     model: type[BaseModel] = cls.config_model(fields) if issubclass(cls, Reward) else cls.Config
     return model
 
@@ -285,11 +286,10 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
 def load_config(
     arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] | None = None, *, starts: bool = True
 ) -> ResolvedRun:
-    """The run that Hydra overrides describe, on top of a file if there is one. Raises ConfigError with every
-    problem.
+    """Load the run that Hydra overrides describe, on top of a file if given. Raises ConfigError with every problem.
 
-    `elsewhere`: the run will be on other machines, on which alone these paths may exist; issues about them are
-    warnings, and nothing is asked whether it is here. `starts`: the run itself will, so that it must fit.
+    `elsewhere`: paths that may exist only on the other machines where the run will be; issues about them are warnings,
+    and nothing is looked for on this machine. `starts`: the run itself will start, so it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
@@ -325,12 +325,12 @@ class _RunLoading(Loading):
         self.source = checked.get("data")
         checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
         self._leave_out_what_does_not_start(checked)
-        for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
+        for group in self.overrides.guessed:  # whether a guess fits with the rest is irrelevant
             checked.pop(group, None)
         self._report(run_checks(checked))
 
     def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
-        """Without engines, there are none to configure; a part that is not asked, or may not be, need not fit."""
+        """Skip checks of what is not started: without engines, their options; parts that are, or may be, unused."""
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
         if rollout is None or algorithm is None or not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
@@ -346,24 +346,24 @@ class _RunLoading(Loading):
             (self.warnings if harmless else self.problems).append(issue)
 
     def _is_about_here(self, text: str) -> bool:
-        """A path, or a server, that may well be where the run will be."""
+        """Whether the issue is about a path or a server that may exist where the run will be."""
         return "answers there" in text or any(path in text for path in self.elsewhere or ())
 
     def _make(self, kind: str, part: Part) -> Any:
-        """What checks look at: an algorithm or a data source itself, a reward's class with its configuration."""
+        """Return what the checks get: the algorithm or data source itself, or a reward's class and configuration."""
         try:
             if kind == "algorithm":
                 return part.cls(part.config)
             if kind == "data":
                 return self._source(part)
-        except Exception as error:  # a constructor of the user's may raise anything
+        except Exception as error:  # a user's constructor may raise anything
             where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
             self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
             return None
         return part
 
     def _source(self, part: Part) -> Any:
-        """None where what it needs is not valid, which is reported there."""
+        """Return the data source; None if something that it needs is invalid, which is reported elsewhere."""
         environment = self.parts.get("environment", Part(None, None))
         lacking = environment.cls is None and self.tree.get("environment") != {TARGET: None}
         if "seed" not in self.available or (lacking and part.cls.take_environment is not DataSource.take_environment):
@@ -386,7 +386,7 @@ class _RunLoading(Loading):
             sets=self.sets,
             elsewhere=self.elsewhere is not None,
         )
-        with suppress(ModelFolderError):  # a model that is only where the run will be
+        with suppress(ModelFolderError):  # the model may exist only where the run will be
             self._report(fits(run) if must_fit else ())
         if self.problems:
             raise ConfigError(self.problems)

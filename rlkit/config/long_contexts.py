@@ -1,4 +1,4 @@
-"""Checks of what long sequences need: ranks that share them, and activations that wait in host memory."""
+"""Checks of the options for long sequences: ranks that share them, and activations offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlkit.models.folder import ModelFolderError, check_model_folder, model_fold
 from rlkit.models.usable import known_run
 
 MOST_RANKS = 64
-"""That are looked at for those that can share a model's heads."""
+"""Largest number of ranks tried when listing those that can share a model's heads."""
 
 
 def sequences_can_be_shared(
@@ -33,7 +33,7 @@ def sequences_can_be_shared(
 def _models(
     learner: LearnerConfig, critic: CriticConfig, algorithm: Algorithm, model: ModelConfig
 ) -> Iterator[tuple[str, LearnerConfig, list[str]]]:
-    """Sections in use, with the folders of what their ranks compute."""
+    """Yield the sections in use, with the folders of the models that their ranks run."""
     needs = algorithm.needs()
     frozen = {one.model for one in needs.passes.values()} - {POLICY, REFERENCE}
     yield "learner", learner, [model.path, *sorted(frozen)]

@@ -1,4 +1,4 @@
-"""What this machine has, and whether a run fits: refusals with the keys that would help, and by how much."""
+"""What this machine has and whether a run fits; refusals name the keys that would help, and by how much."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ GPUS_PER_MACHINE = 8
 NVIDIA_SECONDS = 20.0
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 PRECISION = 0.15
-"""Of the predicted host memory; what may just fit is not refused."""
+"""Relative error of the predicted host memory; a run that may just fit is not refused."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would start; None is unknown: another machine, or one without a GPU."""
+    """The machine on which a run would start. None means unknown: another machine, or one without a GPU."""
 
     host_bytes: float | None
     gpu_bytes: float | None
@@ -56,7 +56,7 @@ class Machine:
 
 
 def this_machine(run: ResolvedRun) -> Machine:
-    """What the configuration names comes before what is here; a cluster that is joined may be anywhere."""
+    """Return the machine. Configured sizes take precedence over this machine's; a joined cluster may be anywhere."""
     cluster, here = run.config.cluster, _stays_here(run)
     gpus = gpus_here() if here and cluster.device == "cuda" and cluster.gpu_memory_gib is None else []
     named = None if cluster.gpu_memory_gib is None else cluster.gpu_memory_gib * GIB
@@ -75,7 +75,7 @@ def starts_ray(cluster: ClusterConfig) -> bool:
 
 
 def host_memory() -> float:
-    """Bytes of this machine, or of the control group that this process is in."""
+    """Return the bytes of memory of this machine, or of this process's control group."""
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     size = float(line.split()[1]) * 1024
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
@@ -86,7 +86,7 @@ def host_memory() -> float:
 
 
 def gpus_here() -> list[float]:
-    """Bytes of each GPU of this machine that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide."""
+    """Return the bytes of each GPU of this machine that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -101,7 +101,8 @@ def gpus_here() -> list[float]:
 
 
 def _visible(cards: Mapping[str, float], names: str | None) -> list[float]:
-    """Of a part of a GPU (MIG), whose size nvidia-smi tells elsewhere, the smallest card's."""
+    """Return the sizes of the visible GPUs. A part of a GPU (MIG), whose size is not listed here, counts as the
+    smallest card."""
     sizes = list(cards.values())
     if names is None or not sizes:
         return sizes
@@ -117,7 +118,7 @@ def _visible(cards: Mapping[str, float], names: str | None) -> list[float]:
 
 
 def refuse_missing_packages(config: RunConfig) -> None:
-    """Raises NotInstalledError for what this process imports, and, where it starts Ray, its actors."""
+    """Raise NotInstalledError for packages missing here, and, if this process starts Ray, for those of its actors."""
     sampled = has_engines(config.rollout, config.evaluation)
     actors = ("deepspeed", *(["vllm"] if sampled else [])) if starts_ray(config.cluster) else ()
     trackers = [TENSORBOARD] if any(tracker.kind == TENSORBOARD for tracker in config.tracking.trackers) else ()
@@ -125,7 +126,7 @@ def refuse_missing_packages(config: RunConfig) -> None:
 
 
 def refuse_missing_gpus(config: RunConfig) -> None:
-    """Ray would wait for them for a minute. Raises ConfigError if a run that starts its own Ray asks for more."""
+    """Raise ConfigError if a run that starts its own Ray needs more GPUs than there are; Ray would wait a minute."""
     if config.cluster.device == "cuda" and starts_ray(config.cluster):
         remedy = (
             "cluster=local_cpu runs on its CPU, cluster.address joins a Ray cluster that has them, "
@@ -135,7 +136,7 @@ def refuse_missing_gpus(config: RunConfig) -> None:
 
 
 def refuse_fewer_gpus(needed: int, where: str, remedy: str) -> None:
-    """Raises ConfigError, at `where`, if this process may use fewer."""
+    """Raise ConfigError, at `where`, if this process may use fewer GPUs than `needed`."""
     there, named = len(gpus_here()), os.environ.get(VISIBLE_GPUS)
     if there < needed:
         of_them = "" if named is None else f" for this process ({VISIBLE_GPUS}={named})"
@@ -144,20 +145,20 @@ def refuse_fewer_gpus(needed: int, where: str, remedy: str) -> None:
 
 
 def _gpus(config: RunConfig) -> int:
-    """At least; without critic and rewards where each has GPUs of its own."""
+    """Return a lower bound of the GPUs; critic and rewards are left out where each has GPUs of its own."""
     engines = config.rollout.workers * config.rollout.tensor_parallel_size
     return colocated_slots(config, 0) if shares_gpus(config.cluster) else engines + config.learner.ranks
 
 
 def host_bytes(run: ResolvedRun, machine: Machine) -> float:
-    """Peak of all processes on one machine; on GPUs one of at most eight, with the driver."""
+    """Return the peak of all processes on the driver's machine; with GPUs, machines of eight GPUs are assumed."""
     cuda = run.config.cluster.device == "cuda"
     machines = max(1, -(-_gpus(run.config) // GPUS_PER_MACHINE)) if cuda else 1
     return sum(-(-process.count // machines) * process.host() for process in processes(run, machine.gpu_bytes))
 
 
 def fits(run: ResolvedRun) -> Issues:
-    """What cannot fit, and what is more than the machine has, as far as it is known."""
+    """Check for what cannot fit, and for what exceeds this machine, as far as its size is known."""
     machine = this_machine(run)
     yield from _tensor_parallel(run)
     yield from _cores(run, machine)
@@ -228,7 +229,7 @@ def _host(run: ResolvedRun, machine: Machine) -> Issues:
 
 
 def _host_key(run: ResolvedRun) -> str:
-    """The cache if it is larger than the learner's state: it alone can ask for any amount."""
+    """Return the key to blame: the cache's if it is larger than the learner's state, as it alone can be of any size."""
     rollout, parameters = run.config.rollout, check_model_folder(run.config.model.path).parameters or 0
     cpu = run.config.cluster.device == "cpu"
     return "rollout.memory_gib" if cpu and rollout.memory_gib * GIB > 20 * parameters + 2 * GIB else "model.path"
@@ -277,7 +278,7 @@ def _parts(parts: Parts) -> str:
 
 
 def _helpful(run: ResolvedRun, peak: Any, limit: float | None = None) -> str:
-    """The four changes that save most, with what they save."""
+    """Describe the four changes that save the most memory, with how much they save."""
     now = peak(run)
     saved = sorted(((now - peak(changed), text) for text, changed in _changes(run)), reverse=True)
     best = [(size, text) for size, text in saved if size >= 2**26][:4]
@@ -288,7 +289,7 @@ def _helpful(run: ResolvedRun, peak: Any, limit: float | None = None) -> str:
 
 
 def _changes(run: ResolvedRun) -> Iterator[tuple[str, ResolvedRun]]:
-    """Runs with one change each."""
+    """Yield variants of the run with one change each."""
     config, cuda = run.config, run.config.cluster.device == "cuda"
     learner, rollout, cluster = config.learner, config.rollout, config.cluster
 
@@ -346,7 +347,7 @@ def _preset(config: RunConfig, name: str) -> RunConfig:
     changes = {
         section: getattr(config, section).model_copy(update=values)
         for section, values in sections.items()
-        # The size of a GPU and of a machine stays, and who samples nothing gets no engines.
+        # The sizes of a GPU and of a machine stay, and a run that samples nothing gets no engines.
         if section != "cluster" and (section != "rollout" or config.rollout.workers)
     }
     return config.model_copy(update=changes)

@@ -1,7 +1,7 @@
 """Peak memory of every process of a run, predicted from the model's shape and the configuration, without torch.
 
-Bytes under the names of what they hold. How DeepSpeed 0.19.8 holds a model: `deepspeed/runtime/zero/stage_1_and_2.py`,
-`stage3.py`. On CPUs held against measured peaks (`benchmarks/memory.py`, docs/results.md); on GPUs not measured.
+Bytes are listed under what they hold. How DeepSpeed 0.19.8 holds a model: `deepspeed/runtime/zero/stage_1_and_2.py`,
+`stage3.py`. Compared with measured peaks on CPUs (`benchmarks/memory.py`, docs/results.md); not measured on GPUs.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ REDUCE_ELEMENTS = 2**27
 GATHER_ELEMENTS, STEP_ELEMENTS = 10**9, 10**9
 """DeepSpeed's defaults for ZeRO 3: `max_live_parameters`, `sub_group_size`."""
 GATHERED = 2**29
-"""Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
+"""Bytes of full weights gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
 BASES = {"driver": 0.46, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
 BASES["environment"] = 0.1
-"""GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
-reward that loads one."""
+"""GiB that a process holds on a CPU without model or data, measured. `ray`: Ray's own processes together; `model`: a
+reward that loads a model."""
 IMPORTED = 0.45
-"""GiB of a rank that has imported torch, transformers and DeepSpeed, before it computes; measured."""
+"""GiB of a rank that has imported torch, transformers and DeepSpeed and computed nothing yet; measured."""
 CUDA_HOST = 3.0
-"""GiB of host memory of a process with torch for CUDA and a context. An estimate."""
+"""GiB of host memory of a process with a CUDA build of torch and a CUDA context. An estimate."""
 CUDA_CONTEXT = 1.0
-"""GiB of GPU memory of a process: context, libraries, NCCL. An estimate."""
+"""GiB of GPU memory per process: context, libraries, NCCL. An estimate."""
 ENGINE_ASLEEP = 2.0
 """GiB of GPU memory that a sleeping engine keeps: context, CUDA graphs, NCCL. An estimate."""
 ENGINE_WORKS = 2.0
-"""GiB of an engine's share that go to activations and CUDA graphs, not to the key-value cache. An estimate."""
+"""GiB of an engine's share used for activations and CUDA graphs instead of the key-value cache. An estimate."""
 FRAGMENTS = 0.08
-"""Share of what comes and goes in an update that torch's allocator on a GPU cannot use again. An estimate."""
+"""Share of an update's temporary memory that torch's GPU allocator cannot reuse. An estimate."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a process holds at its peak in one phase of a step."""
+    """The memory of a process at its peak in one phase of a step."""
 
     host: Parts = field(default_factory=dict)
     device: Parts = field(default_factory=dict)
@@ -78,12 +78,12 @@ def size_text(count: float) -> str:
 
 
 def _stage(section: LearnerConfig, width: int) -> int:
-    """In bf16 stage 1 runs as 2 (`rlkit/learner/engine.py`)."""
+    """Return the ZeRO stage in use: in bf16, stage 1 runs as 2 (`rlkit/learner/engine.py`)."""
     return 2 if width == 2 and section.zero_stage == 1 else section.zero_stage
 
 
 def resting(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
-    """Between updates, after the first."""
+    """Return what a rank holds between updates, after the first one."""
     trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
     parts = {"weights": width * shape.whole / (ranks if stage == 3 else 1)}
     if stage:
@@ -96,16 +96,16 @@ def resting(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -
 
 
 def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
-    """Beside `resting`, while the last micro-batch computes: gradients of the ones before, and DeepSpeed's buckets."""
+    """Return what adds to `resting` during the last micro-batch: gradients of earlier ones, and DeepSpeed's buckets."""
     trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
     bucket = REDUCE_ELEMENTS if cuda else min(trained, REDUCE_ELEMENTS)  # on a CPU untouched pages cost nothing
     parts: Parts = {}
     if stage < 2:
         parts["gradients"] = width * trained  # whole; partitioned at the end
     elif stage == 2:
-        parts["gradients"] = 4 * trained / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
+        parts["gradients"] = 4 * trained / ranks * (2 if width == 4 else 1)  # in fp32 their sum and the new ones
     if stage == 2:
-        # Its flat copy comes when the logits are gone (measured on CPUs; on a GPU it is counted for safety).
+        # Its flat copy is made after the logits are freed (measured on CPUs; on a GPU it is counted to be safe).
         parts["reduction bucket"] = (2.0 if cuda else 1.0) * width * bucket
     elif stage == 3:
         parts["flat copy of the bucket"] = width * bucket
@@ -115,10 +115,10 @@ def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
 
 
 def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
-    """Beside `resting`, at the end of the last backward pass or in the optimizer: no activations any more."""
+    """Return what adds to `resting` at the end of the last backward pass or in the optimizer, without activations."""
     trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
     share = trained / (ranks if stage else 1)
-    # AdamW's denominator on a CPU; on a GPU it is fused, and the norm widens one gradient after the other to fp64.
+    # AdamW's denominator on a CPU. On a GPU AdamW is fused, and the norm casts one gradient after another to fp64.
     widest = 8 * min(float(shape.largest), share)
     spare: Parts = {"temporaries of the step": widest if cuda or stage == 0 else 8 * share}
     if stage == 0:
@@ -128,7 +128,7 @@ def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
         spare = {"temporaries of the step": 8 * float(shape.largest) / ranks if cuda else 8 * group}
         return {"fp32 copy of gradients": 4 * group, **spare}
     if stage == 1:
-        bucket = 2 * 4 * min(trained, REDUCE_ELEMENTS)  # and its flat copy
+        bucket = 2 * 4 * min(trained, REDUCE_ELEMENTS)  # with its flat copy
         reducing = {"gradients": 4 * trained - bucket / 2 + 4 * share, "reduction bucket": bucket}
         return max(reducing, {"fp32 copy of gradients": 8 * share, **spare}, key=total)
     if width == 2:
@@ -146,8 +146,8 @@ def rank_phases(
     bundle: float = 0,
     bucket: float = GATHERED,
 ) -> Phases:
-    """Phases of one rank of a model in training: load, update, publish (`bundle`: elements that go through the object
-    store), save, and rest (on GPUs, while the engines sample). `frozen`: models that only run forward."""
+    """Return the phases of one rank of a trained model: load, update, publish (`bundle`: elements that go through the
+    object store), save, and rest (on GPUs, while the engines sample). `frozen`: models that only run forward."""
     width = element_bytes(section.dtype, cuda)
     parameters, ranks, stage = shape.whole, section.ranks, _stage(section, width)
     base: Parts = {"process": (CUDA_HOST if cuda else BASES["rank"]) * GIB}
@@ -159,7 +159,7 @@ def rank_phases(
     saved: Parts = {"a bucket in fp32": min(4 * parameters, 2.0 * GATHERED)}
     fresh = {name: size for name, size in still.items() if name not in ("Adam's moments", "reduction bucket")}
     reuse = 0.0 if cuda else kept(shape, section)
-    copied = cuda or stage == 3 or shape.adapter is not None  # else the bundle is of the weights themselves
+    copied = cuda or stage == 3 or shape.adapter is not None  # else the bundle holds the weights themselves
     packed: Parts = {"bundle of the weights": width * bundle * copied} if bundle else {"a bucket": min(whole, bucket)}
     if not cuda:
         freed: Parts = {"freed, kept by malloc": reuse}
@@ -192,7 +192,7 @@ def rank_phases(
 
 
 def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
-    """On a CPU weights are pages of the file until they are read or copied: in memory only then."""
+    """Return what is in memory on a CPU, where weights stay pages of the file until they are read or copied."""
     if stage == 0:
         return {"weights": parts["weights"]} if ranks > 1 else {}
     parts = {name: size for name, size in parts.items() if name != "frozen models" or stage == 3}
@@ -202,8 +202,8 @@ def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
 def engine_phases(
     shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool, keeps: bool = False
 ) -> Phases:
-    """Phases of a rollout worker: sample, publish, and asleep. `gpu`: bytes of one GPU. `keeps`: its weights, in host
-    memory, while it sleeps."""
+    """Return the phases of a rollout worker: sample, publish and asleep. `gpu`: bytes of one GPU. `keeps`: whether it
+    keeps its weights in host memory while it sleeps."""
     width = element_bytes(rollout.dtype, cuda)
     whole = width * shape.whole
     if not cuda:
@@ -223,7 +223,7 @@ def engine_phases(
 
 
 def _packed_head(shape: ModelShape, width: int) -> float:
-    """vLLM packs the head anew on a CPU, also a tied one, beside the embedding."""
+    """Return the bytes of the repacked head: on a CPU vLLM holds it in addition to the embedding, even if tied."""
     return float(width * shape.vocabulary * shape.hidden)
 
 
@@ -233,10 +233,10 @@ class Process:
     count: int
     phases: Phases
     on_gpu: int = 0
-    """How many of them share one GPU; 0: none is on a GPU."""
+    """How many of these processes share one GPU; 0: they use no GPU."""
 
     def host(self) -> float:
-        """Peak bytes of one."""
+        """Return the peak bytes of host memory of one process."""
         return max(total(phase.host) for phase in self.phases.values())
 
 
@@ -257,7 +257,7 @@ def learner_phases(run: ResolvedRun) -> Phases:
 
 
 def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
-    """All processes of a run. `gpu`: bytes of one GPU, if known."""
+    """Return all processes of a run. `gpu`: bytes of one GPU, if known."""
     config, cuda = run.config, run.config.cluster.device == "cuda"
     groups = step_bytes(run)
     alone: Phases = {
@@ -286,7 +286,7 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
 
 
 def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
-    """The reward's workers, with the models that the reward or its parts load; and the verifier's, if it has any."""
+    """Return the reward's workers, with the models that the reward or its parts load, and the verifier's, if any."""
     section, workers = run.config.reward, run.reward_config.workers
     parts = section.get("parts")
     named = [part for part in parts.values() if isinstance(part, Mapping)] if isinstance(parts, Mapping) else [section]
@@ -306,7 +306,7 @@ def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
 
 
 def _model_bytes(section: Mapping[str, Any], cuda: bool) -> float | None:
-    """What a reward's model takes: trained in fp32 with its reference, or only used. None: it loads no model here."""
+    """Return the bytes of a reward's model: trained in fp32 with its reference, or frozen. None: no model is loaded."""
     cls, path = import_part("reward", section["_target_"]), section.get("model_path")
     own = {key: value for key, value in section.items() if key in cls.Config.model_fields}
     if not isinstance(path, str) or not cls.traits(cls.Config(**own)).uses_gpu:
@@ -319,7 +319,8 @@ def _model_bytes(section: Mapping[str, Any], cuda: bool) -> float | None:
 
 
 def gpu_phases(run: ResolvedRun, gpu: float | None) -> dict[str, Parts]:
-    """What the fullest GPU holds in each phase, by process and part. Colocated: all that share it; apart: by kind."""
+    """Return what the fullest GPU holds in each phase, by process and part. Colocated: all processes that share it;
+    apart: by kind of process."""
     there = [process for process in processes(run, gpu) if process.on_gpu]
     if not shares_gpus(run.config.cluster):
         return {f"{process.name}, {name}": phase.device for process in there for name, phase in process.phases.items()}
@@ -334,6 +335,7 @@ def gpu_phases(run: ResolvedRun, gpu: float | None) -> dict[str, Parts]:
 
 
 def _in_phase(phases: Phases, name: str) -> Phase:
-    """The engine sleeps while ranks load and save; ranks rest while it samples; a reward's memory stays."""
+    """Return what a process does in a phase of the run: engines sleep while ranks load and save, ranks rest while
+    engines sample, and a reward's memory stays."""
     other = {"load": "update", "save": "update", "sample": "rest"}.get(name, name)
     return phases.get(name) or phases.get(other) or next(iter(phases.values()))

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: all issues are reported together, each with its remedy."""
+"""Messages about a wrong configuration: all issues are reported together, each with its remedy."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from rlkit.experience.names import edits, nearest
 @dataclass(frozen=True)
 class ConfigIssue:
     where: str
-    """The argument as typed, or `key=value`; from a check the key alone, which loading replaces by that."""
+    """The argument as typed, or `key=value`. A check gives only the key, which loading replaces by one of these."""
     message: str
-    """What is wrong, and what would be right."""
+    """What is wrong and how to put it right."""
     warning: bool = False
-    """The run may start."""
+    """The run may start nevertheless."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
 
 
 def of_the_verifier(issue: ConfigIssue) -> ConfigIssue:
-    """A reward's own message names `reward.x`, where `verifier.x` is meant."""
+    """Replace `reward.x` by `verifier.x` in a message that a reward used as the verifier wrote."""
     return replace(issue, message=re.sub(r"\breward(?=[.=]\w)", "verifier", issue.message))
 
 
 def of_the_set(issue: ConfigIssue, key: str) -> ConfigIssue:
-    """The same for a source's `data.x`, where the key of a held-out set is meant."""
+    """Replace `data.x` by the key of a held-out set in a message that its data source wrote."""
     return replace(issue, message=named_as_set(issue.message, key))
 
 
@@ -53,7 +53,7 @@ class ConfigError(UserError):
         super().__init__(self.report())
 
     def report(self, hint: str = "") -> str:
-        """`hint`: what else may help, as the end of a sentence."""
+        """Return the report. `hint`: what else may help, as the end of a sentence."""
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
@@ -67,7 +67,7 @@ _PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every field of a section with its full key (`trainer.total_steps`), nested sections included."""
+    """Yield every field of a section with its full key (`trainer.total_steps`), including nested sections."""
     for name, info in model.model_fields.items():
         nested = section_type(info.annotation)
         if nested is not None:
@@ -77,13 +77,13 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The class of a field that is a section (`Sub` or `Sub | None`), else None."""
+    """Return the class of a field that is a section (`Sub` or `Sub | None`), else None."""
     models = [kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return models[0] if len(models) == 1 else None
 
 
 def allowed(info: FieldInfo) -> str:
-    """What a field takes: `an integer, at least 1`, `one of auto, float32`."""
+    """Describe what a field takes: `an integer, at least 1`, `one of auto, float32`."""
     return _describe(info.annotation, info.metadata)
 
 
@@ -159,8 +159,8 @@ def unknown_key(key: str, known_keys: Collection[str], value: object = None) -> 
 
 
 def _instead(key: str, known_keys: Collection[str], value: object) -> str:
-    """What the unknown `key` means: what other frameworks call so, the same field elsewhere, what rlkit has not, or the
-    nearest spelling."""
+    """Say what the unknown `key` may mean: another framework's name, the same field in another section, something that
+    rlkit does not have, or the nearest spelling."""
     section, _, leaf = key.rpartition(".")
     leaves = {full: full.rpartition(".")[2] for full in known_keys}
     tops = {full.partition(".")[0] for full in leaves}
@@ -194,14 +194,15 @@ def _instead(key: str, known_keys: Collection[str], value: object) -> str:
 
 
 def _elsewhere(key: str, value: object, leaves: Mapping[str, str], same: Sequence[str]) -> str | None:
-    """The answer by other frameworks' names for a thing; None if they have none that means something here.
+    """Return the answer if other frameworks use this name for something that rlkit has; else None.
 
-    `leaves`: every key of ours with its last part; `same`: those with the last part of `key`.
+    `leaves`: every rlkit key with its last part; `same`: those that share the last part of `key`.
     """
     section, tops = key.rpartition(".")[0], {full.partition(".")[0] for full in leaves}
 
     def ours(name: str) -> str:
-        """A key by its place here: critic.lr is the critic's, and a held-out set's prompt_key its own."""
+        """Return the key in the section where it was typed: critic.lr is the critic's, a held-out set's prompt_key its
+        own."""
         leaf = name.rpartition(".")[2]
         beside = f"{section}.{leaf}"
         namesakes = [full for full, own in leaves.items() if own == leaf and name.partition(".")[0] not in tops]
@@ -241,7 +242,7 @@ def _meant(keys: Sequence[str]) -> str:
 SHOWN_KEYS = 5
 
 MISSING = "???"
-"""Hydra's mark of a value that the user has to set."""
+"""Hydra's marker of a value that the user must set."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -257,7 +258,7 @@ def validate(
     where: Where,
     notes: Mapping[str, str],
 ) -> tuple[BaseModel | None, list[ConfigIssue]]:
-    """The typed section, or None and why not.
+    """Return the typed section, or None and the issues.
 
     `prefix` (`reward.`) precedes all keys in messages; `notes` explain some unknown keys.
     """
@@ -280,8 +281,8 @@ def validate(
 
 
 def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | None, list[ErrorDetails]]:
-    """The typed section, or pydantic's errors. Unlike its strict mode, lists for tuples and texts for paths are
-    fine."""
+    """Return the typed section, or pydantic's errors. Unlike in its strict mode, lists are accepted for tuples and
+    strings for paths."""
     errors = []
     try:
         model.model_validate(dict(tree), strict=True)
@@ -312,7 +313,7 @@ def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], w
     info = fields.get(name) if name else None
     if kind == "missing" and (name is None or name == key):
         return _needs_a_value(key, fields)
-    if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
+    if kind in ("value_error", "assertion_error"):  # the section's own validator explains it best
         message = str(details["ctx"]["error"])
         return ConfigIssue(where(*_blamed(key, value, message)), message)
     if name is None or info is None:
@@ -324,7 +325,7 @@ def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], w
 
 
 def _blamed(key: str, value: Any, message: str) -> tuple[str, Any]:
-    """The key that a validator of a whole section speaks of first, with its value; else the section."""
+    """Return the first key that the message of a section's validator mentions, with its value; else the section."""
     if not isinstance(value, Mapping):
         return key, value
     places = {name: re.search(rf"(?<![\w.]){re.escape(str(name))}\b", message) for name in value}
@@ -348,7 +349,7 @@ def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(full key, value) of everything below an unknown section; the key itself if it is a value."""
+    """Yield (full key, value) of everything below an unknown section, or the key itself if it is a value."""
     if not isinstance(value, Mapping) or not value:
         yield key, value
         return

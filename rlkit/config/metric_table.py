@@ -1,6 +1,6 @@
-"""What metrics mean, how to read them, what to do about it, and when the viewer's lights warn: metrics.yaml.
+"""What metrics mean, how to read them, what to do about them, and when the viewer's lights warn: metrics.yaml.
 
-The tables of docs/metrics.md are made of the same rows (docs/making/metric_tables.py).
+The tables of docs/metrics.md are generated from the same rows (docs/making/metric_tables.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 TABLE = Path(__file__).with_name("metrics.yaml")
 VARIES = re.compile(r"<\w+>|\.\.\.|NAME")
-"""Stands for a part of a metric's name that the run decides."""
+"""Placeholders for a part of a metric's name that depends on the run."""
 _BOUND = re.compile(r"(above|below) (?:([\d.e-]+)|(?:([\d.]+) x )?([a-z_]+\.[a-z_.]+))")
 
 
@@ -26,11 +26,11 @@ class Bound(NamedTuple):
     side: Literal["above", "below"]
     factor: float
     key: str
-    """Of the run's configuration; empty: the bound is `factor` itself."""
+    """A key of the run's configuration; empty: the bound is `factor` itself."""
 
 
 def _bounds(text: Any) -> tuple[Bound, ...]:
-    """Raises ValueError for what is no bound, nor several joined by `or`."""
+    """Parse one or more bounds joined by `or`. Raise ValueError for anything else."""
     found = []
     for part in str(text).split(" or "):
         match = _BOUND.fullmatch(part)
@@ -46,7 +46,7 @@ Measure = Literal[
     "", "share of the step", "share of the step's samples", "share of the first steps'", "share of its best",
     "steps in a row",
 ]  # fmt: skip
-"""What of the metric a light judges; empty: its value."""
+"""The quantity that a light judges; empty: the metric's value."""
 
 
 def _several(names: Any) -> Any:
@@ -58,32 +58,32 @@ class Strict(BaseModel):
 
 
 class Rule(Strict):
-    """Of a light: it shows the middle one of the last `window` values, and says fine where no bound is crossed."""
+    """The rule of a light. It shows the median of the last `window` values, and says fine if no bound is crossed."""
 
     id: str
     title: str
     measure: Measure = ""
     floor: float = 1e-9
-    """`share of the first steps'`: where those were below it, a share of it."""
+    """For `share of the first steps'`: the smallest value to divide by."""
     look: Bounds = ()
     act: Bounds = ()
     window: int = 5
     fine_from: int = 5
-    """How many steps must have reported the metric before the light says fine; until then it is too early."""
+    """How many steps must have reported the metric before the light says fine; until then it says too early."""
     alarm_from: int = 1
-    """Likewise before it warns."""
+    """How many steps must have reported the metric before the light warns."""
     missing: str = ""
-    """Why a run may not report the metric; without it, such a run has no such light."""
+    """Why a run may not report the metric. If empty, such a run does not have this light."""
     absent: str = ""
-    """Why it is fine that the last steps do not report it."""
+    """Why it is fine if the last steps do not report the metric."""
     synchronous: str = ""
-    """Why it is fine with `trainer.max_staleness=0`."""
+    """Why the light is fine with `trainer.max_staleness=0`."""
     curves: tuple[str, ...] = ()
-    """What a curve of it shows; empty: the metric."""
+    """Metrics that the light's curve shows; empty: its own metric."""
 
 
 class MetricRow(Strict):
-    """Texts are Markdown, as in the page."""
+    """A row of the tables. Texts are Markdown, as on the page."""
 
     names: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(alias="metric")
     meaning: str
@@ -95,7 +95,7 @@ class MetricRow(Strict):
 
 @cache
 def sections() -> Mapping[str, tuple[MetricRow, ...]]:
-    """The tables of docs/metrics.md, by the names that its comments give them."""
+    """Return the tables of docs/metrics.md, by the names in that page's comments."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     written = yaml.load(TABLE.read_text(encoding="utf-8"), Loader=loader)
     return TypeAdapter(dict[str, tuple[MetricRow, ...]]).validate_python(written)
@@ -107,7 +107,7 @@ def rows() -> tuple[MetricRow, ...]:
 
 
 def about(metric: str) -> MetricRow:
-    """Its own row, or one that describes metrics like it. Raises KeyError where there is none."""
+    """Return the metric's own row, or one whose pattern matches it. Raises KeyError if there is none."""
     for row in rows():
         if metric in row.names:
             return row
@@ -118,7 +118,7 @@ def about(metric: str) -> MetricRow:
 
 
 def named(word: str) -> list[MetricRow]:
-    """That of a metric, or those in whose names the word is."""
+    """Return the row of a metric, or the rows whose names contain the word."""
     try:
         return [about(word)]
     except KeyError:
@@ -126,7 +126,7 @@ def named(word: str) -> list[MetricRow]:
 
 
 def stands_for(name: str, metric: str) -> bool:
-    """Whether a name of the table is that of the metric; the parts that vary are not empty."""
+    """Whether a name in the table matches the metric; parts that vary must not be empty."""
     return _pattern(name).fullmatch(metric) is not None
 
 
@@ -136,5 +136,5 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def plain(markdown: str) -> str:
-    """Without links and marks of code."""
+    """Return the text without links and code marks."""
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown).replace("`", "")

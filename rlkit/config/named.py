@@ -1,4 +1,4 @@
-"""Small parts with options by `kind`: a shaping step, a combiner, a diagnostic, a tracker."""
+"""Small parts chosen by `kind`, with options: a shaping step, a combiner, a diagnostic, a tracker."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def read_named(
     what: str,
     find: Callable[[str], type[T]] | None = None,
 ) -> T:
-    """A part from its kind, or from a mapping with kind and options; a part stays as it is.
+    """Make a part from its kind, or from a mapping with kind and options; return a part unchanged.
 
-    `what` (`step 2`) begins the messages. `find`: from a dotted path to the part's class, where that is not what is
-    there. Raise ValueError with all mistakes.
+    `what` (`step 2`) begins the messages. `find` gets the options' class from a dotted path, where the path does not
+    name that class itself. Raise ValueError with all mistakes.
     """
     if isinstance(value, base):
         return value
@@ -54,7 +54,7 @@ def read_named(
 
 
 def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
-    """Raise ValueError that names the wrong one."""
+    """Parse the list of diagnostics. Raise a ValueError that names the wrong one."""
     known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
     chosen = _read_list(
         value, known, DiagnosticConfig, "diagnostic", "[hacking,{kind:drift,alarm:stop}]", _of_diagnostic
@@ -64,7 +64,7 @@ def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
 
 
 def parse_trackers(value: Any) -> tuple[TrackerConfig, ...]:
-    """Raise ValueError that names the wrong one."""
+    """Parse the list of trackers. Raise a ValueError that names the wrong one."""
     known = {name: cls.Config for name, cls in TRACKERS.items()}
     chosen = _read_list(value, known, TrackerConfig, "tracker", "[tensorboard,{kind:wandb,project:mine}]", _of_tracker)
     _refuse_twice([config.name for config in chosen], "its entry in trackers.json has one name")

@@ -1,4 +1,4 @@
-"""Command-line arguments become choices of options and values of keys."""
+"""Parses command-line arguments into chosen options and values of keys."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ Options = Mapping[str, Collection[str]]
 
 @dataclass
 class Overrides:
-    """The command line, split into choices of options and values of keys."""
+    """The command line, split into chosen options and values of keys."""
 
     choices: dict[str, str | None] = field(default_factory=dict)
-    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked, too."""
+    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can still be checked."""
     parts: dict[str, str] = field(default_factory=dict)
-    """Of `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
+    """For `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
     values: dict[str, Any] = field(default_factory=dict)
     """Full key -> value."""
     typed: dict[str, str] = field(default_factory=dict)
     """Full key or group -> the argument as typed."""
     unusable: set[str] = field(default_factory=set)
-    """Groups whose option is wrong and not guessable."""
+    """Groups whose option is wrong and cannot be guessed."""
     guessed: set[str] = field(default_factory=set)
-    """Groups whose option is a guess: how it fits with others says nothing."""
+    """Groups whose option is a guess, so that checking how it fits with others is pointless."""
     unread: set[str] = field(default_factory=set)
     """Keys whose value cannot be parsed."""
     problems: list[ConfigIssue] = field(default_factory=list)
 
 
 def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
-    """Sort `arguments` into choices and values. Never raises: problems are collected in the result."""
+    """Sort `arguments` into options and values. Never raises: problems are collected in the result."""
     parser = OverridesParser.create()
     result = Overrides()
     for argument in arguments:
@@ -69,7 +69,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
             return f"remove the spaces around `=` ({reason})"
         hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
         return f"cannot be parsed ({reason}); {hint}"
-    key = re.sub(r"^evaluation\.reward(?=\.|$)", "verifier", override.key_or_group)  # another name of that part
+    key = re.sub(r"^evaluation\.reward(?=\.|$)", "verifier", override.key_or_group)  # an alias of that part
     if override.type == OverrideType.DEL:
         return "keys cannot be removed; every key has a default, so leave it out or set it to another value"
     if override.package is not None:
@@ -81,7 +81,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     value: Any = override.value()
     if key in options and not isinstance(value, dict):
         return _choose(argument, key, value, options, result)
-    result.values.pop(key, None)  # the last one counts, also in order
+    result.values.pop(key, None)  # the last one counts, also for the order
     result.values[key] = value
     result.typed[key] = argument
     return None
@@ -107,7 +107,7 @@ def _dashed(argument: str) -> str:
 
 
 def _parsed(argument: str, parser: OverridesParser) -> Override:
-    """As Hydra reads it; text that only Hydra's grammar refuses (`~/x`, `x=1`, letters with accents) is that text."""
+    """Parse as Hydra does; text that only Hydra's grammar refuses (`~/x`, `x=1`, accented letters) is literal."""
     try:
         return parser.parse_override(argument)
     except HydraException:
@@ -119,7 +119,7 @@ def _parsed(argument: str, parser: OverridesParser) -> Override:
 
 
 def _literal(text: str, parser: OverridesParser) -> str | None:
-    """The text in quotes, or a list with quotes around its elements; None where it could mean several things."""
+    """Return the text in quotes, or a list with quoted elements; None if it is ambiguous."""
     if text.startswith("[") and text.endswith("]"):
         elements = [
             element if _reads(element, parser) else _literal(element, parser) for element in text[1:-1].split(",")
@@ -163,7 +163,7 @@ def _choose(argument: str, group: str, value: Any, options: Options, result: Ove
 
 
 def _no_option(group: str, name: str, available: Collection[str]) -> tuple[str, str | None]:
-    """What to say, and the option that was meant, if it is clear."""
+    """Return the message, and the intended option if it is clear."""
     stem = re.split(r"[/\\]", name)[-1].rpartition(".")[0]
     if re.search(r"\.(ya?ml|py)$", name) and stem in available:
         return f"an option has no suffix: {group}={stem}", stem
@@ -205,7 +205,7 @@ COMBINED = "combined"
 
 
 def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Part name -> option or class path, and what is wrong with the list.
+    """Return part name -> option or class path, and what is wrong with the list.
 
     An element is an option, a dotted path, or `{name: option}`. A misspelt option is replaced by the nearest one.
     """

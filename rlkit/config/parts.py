@@ -26,7 +26,7 @@ TARGET = "_target_"
 
 
 def conf_dir() -> Path:
-    """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
+    """Return the folder of Hydra groups: inside an installed package, or next to it in a checkout.
 
     Raises FileNotFoundError if neither exists (an incomplete installation).
     """
@@ -44,7 +44,7 @@ def _moved_classes() -> Mapping[str, str]:
 
 
 def with_present_targets(value: Any) -> Any:
-    """Replace each `_target_` of a class that moved (`conf/moved.yaml`) by its present path."""
+    """Replace each `_target_` of a class that has moved (`conf/moved.yaml`) by its current path."""
     if isinstance(value, Mapping):
         return {
             key: _moved_classes().get(inner, inner)
@@ -60,7 +60,7 @@ class Contract:
     base: type
     config: type[BaseModel]
     optional: bool = False
-    """`_target_: null` is none."""
+    """Whether `_target_: null` is allowed and means no such part."""
 
 
 CONTRACTS = {
@@ -82,8 +82,8 @@ class PartError(UserError, ValueError): ...
 
 
 def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any:
-    """The class at dotted path `target`, checked as a part of this kind (by a command's own `contract`). Raises
-    PartError."""
+    """Return the class at dotted path `target`, checked as a part of this kind (or against a command's own `contract`).
+    Raises PartError."""
     contract = contract or CONTRACTS[kind]
     cls = import_class(kind, target, contract.base)
     config = getattr(cls, "Config", None)
@@ -93,7 +93,7 @@ def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any
 
 
 def import_class(kind: str, target: Any, base: type) -> Any:
-    """The class at dotted path `target`, also under an older one, a concrete subclass of `base`. Raises PartError."""
+    """Return the concrete subclass of `base` at dotted path `target`, which may be an old path. Raises PartError."""
     try:
         return find_class(kind, _moved_classes().get(target, target) if isinstance(target, str) else target, base)
     except NotFoundError as error:
@@ -101,7 +101,7 @@ def import_class(kind: str, target: Any, base: type) -> Any:
 
 
 OWN = ""
-"""The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
+"""Name of the held-out set of the run's own data, as opposed to the named ones in `evaluation.sets`."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class HeldoutSet:
     """None: `trainer.evaluation_prompts`."""
 
     def section(self) -> dict[str, Any]:
-        """As it stands in the configuration, every value spelled out."""
+        """Return the section as in the configuration, with every value filled in."""
         target = f"{self.source.__module__}.{self.source.__qualname__}"
         return {TARGET: target, **self.config.model_dump(mode="json"), "prompts": self.prompts}
 
@@ -122,7 +122,7 @@ class HeldoutSet:
 @dataclass(frozen=True)
 class ResolvedRun:
     config: RunConfig
-    """All values filled in, also those of the swappable parts (`config.reward["_target_"]`, ...)."""
+    """With all values filled in, including those of the swappable parts (`config.reward["_target_"]`, ...)."""
     algorithm_class: type[Algorithm]
     algorithm_config: AlgorithmConfig
     reward_class: type[Reward]
@@ -132,22 +132,22 @@ class ResolvedRun:
     verifier_class: type[Reward]
     verifier_config: RewardConfig
     source: DataSource
-    """Of `data_class`, as the checks looked at it: what it has drawn or read for them is there."""
+    """The instance of `data_class` that the checks used; it keeps what it drew or read for them."""
     environment_class: type[Environment] | None = None
     environment_config: EnvironmentConfig | None = None
     sets: Mapping[str, HeldoutSet] = field(default_factory=dict)
     """Further held-out problems by name."""
     warnings: tuple[ConfigIssue, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
-    """Full key -> who decided its value, of those that the plan names with it."""
+    """Full key -> where its value comes from, for the keys whose origin the plan shows."""
     elsewhere: bool = False
-    """It will be on other machines than this one."""
+    """Whether the run will be on other machines than this one."""
 
     def make_algorithm(self) -> Algorithm:
         return self.algorithm_class(self.algorithm_config)
 
     def make_set(self, name: str) -> DataSource:
-        """The source of a further held-out set."""
+        """Make the source of a further held-out set."""
         one = self.sets[name]
         return make_source(one.source, one.config, self.config.seed, self.environment_class, self.environment_config)
 
@@ -159,7 +159,7 @@ def make_source(
     environment: type[Environment] | None,
     options: EnvironmentConfig | None,
 ) -> DataSource:
-    """`environment` and its `options`: the run's, if it has one."""
+    """Make a data source. `environment` and its `options`: the run's, if it has one."""
     source = cls(config, seed)
     if environment is not None:
         source.take_environment(environment, options)
@@ -171,7 +171,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 
 
 def config_text(config: RunConfig) -> str:
-    """The run folder's `config.yaml`, every value spelled out; `--config FILE` reads it."""
+    """Return the text of the run folder's `config.yaml`, with every value filled in; `--config FILE` reads it."""
     head = f"# Written by rlkit {rlkit.__version__}. The same run again: python -m rlkit.train --config THIS_FILE\n"
     values: str = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     return head + values

@@ -21,17 +21,17 @@ from rlkit.trackers.known import tracker_class
 from rlkit.trackers.ledger import FILE as LEDGER
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
-"""Any of these marks a folder that holds a run."""
+"""A folder that has any of these holds a run."""
 BESIDE_THEM = ("tensorboard", "logs", "policy", "model", "diagnostics", "tokens", LEDGER, "wandb", "swanlog", "inspect")
-"""What else a run makes in its folder."""
+"""Other things that a run creates in its folder."""
 NOTES = 3
-"""Other files that a run folder may hold: the start script, a log, a note."""
+"""How many other files a run folder may hold: the start script, a log, a note."""
 RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
 SYSTEM = ("/proc", "/sys", "/dev")
 
 
 def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
-    """Never mix two runs in one folder, nor a run with other things, nor resume an old one with another model."""
+    """Never mix two runs, or a run and other things, in one folder, nor resume a run with another model."""
     if run_dir.exists() and not run_dir.is_dir():
         yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
         return
@@ -66,7 +66,7 @@ def _others(entries: Iterable[Path]) -> list[str]:
 
 def trackers_are_usable(tracking: TrackingConfig) -> Issues:
     for config in tracking.trackers:
-        if config.kind == TENSORBOARD:  # comes with what trains, which is missed only when a run starts
+        if config.kind == TENSORBOARD:  # installed with the training packages, which are checked when a run starts
             continue
         for message in tracker_class(config.kind).check(config):
             yield ConfigIssue("tracking.trackers", f"{config.name}: {message}")
@@ -80,7 +80,7 @@ def resume_knows_its_folder(resume: str, new_folder: bool) -> Issues:
 
 
 def run_folder_outlives_the_job(run_dir: Path) -> Issues:
-    """A relative folder of a Ray job with a working directory is inside what Ray unpacked."""
+    """In a Ray job with a working directory, a relative folder is inside the files that Ray unpacked."""
     if RAY_WORKING_DIRS in f"{run_dir}/":
         yield ConfigIssue(
             "run_dir",
@@ -91,7 +91,7 @@ def run_folder_outlives_the_job(run_dir: Path) -> Issues:
 
 
 def chat_template_is_one(model: Any) -> Issues:
-    """It is read as the tokenizer reads it: Jinja with loop controls and `generation` blocks."""
+    """Parse the template as the tokenizer does: Jinja with loop controls and `generation` blocks."""
     if model.chat_template is None:
         return
     file = Path(model.chat_template).expanduser()
@@ -108,7 +108,7 @@ def chat_template_is_one(model: Any) -> Issues:
 
 
 def _template_variables(text: str) -> set[str]:
-    """Raises ValueError if it is no template."""
+    """Return the template's undeclared variables. Raise ValueError if the text is not a template."""
     from jinja2 import Environment, TemplateError, meta  # a run with the model's own template does not need it
 
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
@@ -120,11 +120,11 @@ def _template_variables(text: str) -> set[str]:
 
 
 GIVEN = {"messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now"}
-"""What every template is given."""
+"""Variables that every template gets."""
 
 
 def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShape | ModelFolderError) -> Issues:
-    """A name that the template does not use would change nothing."""
+    """A variable that the template does not use would have no effect."""
     arguments = model.chat_template_arguments
     if not arguments or isinstance(model_shape, ModelFolderError):
         return
@@ -146,7 +146,7 @@ def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShap
 def texts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
-    """Prompts and recorded responses of the first problems; the start counts all of them, as transformers does."""
+    """Check prompts and recorded responses of the first problems; the start counts all, as transformers does."""
     share, template = data.config.bad_row_share, (model.chat_template, model.chat_template_arguments)
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
@@ -167,7 +167,7 @@ def texts_are_short_enough(
         except DataError as error:
             yield ConfigIssue("model.path", str(error))
             return
-        except (OSError, ValueError):  # of the template or the model, whose checks report them
+        except (OSError, ValueError):  # the checks of the template and the model report these
             return
         for kind, counted in long.items():
             if len(counted) > allowed:
@@ -212,7 +212,7 @@ def heldout_is_not_trained(data: DataSource) -> Issues:
 
 
 def _files(data: DataSource, key: str) -> list[Path]:
-    """Those that there are: a source reports the others itself."""
+    """Return the files that exist; the source itself reports the missing ones."""
     names = getattr(data.config, key, None)
     try:
         return local_files(names, f"data.{key}") if isinstance(names, str | tuple) else []
@@ -221,7 +221,7 @@ def _files(data: DataSource, key: str) -> list[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """The same file, or files of one size that begin alike."""
+    """Whether both are the same file, or have the same size and begin alike."""
     if one.samefile(other):
         return True
     if one.stat().st_size != other.stat().st_size:

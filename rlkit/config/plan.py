@@ -1,4 +1,4 @@
-"""Who shares what, without torch: GPUs per actor, the weights' route, who sleeps. `auto` is decided here alone."""
+"""Placement, without torch: GPUs per actor, the weights' route, who sleeps. Only this module resolves `auto`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from rlkit.config.schema import (
 
 @dataclass(frozen=True)
 class GpuShares:
-    """GPUs of one actor of each kind; below 1 a share of one. All 0 on CPU."""
+    """GPUs of one actor of each kind; a value below 1 is a share of a GPU. All 0 on CPU."""
 
     engine: float
-    """Apart: all GPUs of one engine. Colocated: its share of each of its GPUs."""
+    """Apart: the number of an engine's GPUs. Colocated: its share of each of its GPUs."""
     learner: float
     critic: float
     rewards: float
-    """Of all reward workers together; 0 for a reward that loads no model here (a program, a server's client)."""
+    """Of all reward workers together; 0 for a reward that loads no model here (a program, or a server's client)."""
 
 
 def gpu_shares(config: RunConfig) -> GpuShares:
-    """Colocated, an engine, a rank, a critic rank and the rewards fit on one GPU together."""
+    """Return the GPU shares. Colocated, an engine, a rank, a critic rank and the rewards fit on one GPU together."""
     if config.cluster.device == "cpu":
         return GpuShares(0.0, 0.0, 0.0, 0.0)
     judged = _reward_uses_gpu(config)
@@ -44,7 +44,7 @@ def gpu_shares(config: RunConfig) -> GpuShares:
 
 
 def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
-    """Slots for colocated actors, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
+    """Return the slots for colocated actors, on CUDA one GPU each: enough for all engines' GPUs and all ranks."""
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
 
@@ -62,13 +62,14 @@ def reads_recorded_labels(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
 
 
 def references_are_cached(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
-    """Recorded responses are the same in every epoch, so a reference that stays needs to see them once."""
+    """Whether references are cached: recorded responses are the same in every epoch, so a fixed reference needs only
+    one pass."""
     stays = algorithm.needs().reference_policy and not algorithm.config.reference_every_steps
     return stays and rollout.source == "data"
 
 
 def sampled_path(config: RunConfig) -> str:
-    """The model that the engines hold."""
+    """Return the path of the model that the engines run."""
     return config.rollout.source_path or config.model.path
 
 
@@ -79,18 +80,18 @@ def _reward_uses_gpu(config: RunConfig) -> bool:
 
 
 def longest_response(rollout: RolloutConfig, evaluation: EvaluationConfig) -> int:
-    """Tokens that an engine must have room for after a prompt."""
+    """Return how many tokens an engine must have room for after a prompt."""
     return max(rollout.max_response_tokens, evaluation.max_response_tokens or 0)
 
 
 def samples_together(rollout: RolloutConfig, algorithm: Algorithm) -> int:
-    """That the learner must compute in one micro-batch."""
+    """Return how many samples the learner must compute in one micro-batch."""
     group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
     return {"any": 1, "pairs": 2, "full_group": group}[algorithm.needs().layout]
 
 
 def longest_episode(config: RunConfig) -> int:
-    """Tokens that all rows of an episode may have together: a sample is computed at once."""
+    """Return how many tokens all rows of an episode may have together, as a sample is computed in one pass."""
     cls = import_part("algorithm", config.algorithm["_target_"])
     algorithm = cls(cls.Config(**{key: value for key, value in config.algorithm.items() if key != "_target_"}))
     longest = config.learner.tokens_per_microbatch // samples_together(config.rollout, algorithm)
@@ -108,8 +109,8 @@ def element_bytes(dtype: str, cuda: bool) -> int:
 def weight_route(
     cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, model: ModelConfig
 ) -> WeightRoute:
-    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store; for an
-    adapter always that."""
+    """Return the route. `auto` on GPUs: CUDA IPC if every engine's every GPU has a rank, NCCL if none has, else the
+    object store. An adapter always goes through the object store."""
     if published_adapter(cluster, rollout, model) is not None:
         return "object_store"
     if cluster.weight_transfer != "auto":
@@ -122,7 +123,7 @@ def weight_route(
 
 
 def published_adapter(cluster: ClusterConfig, rollout: RolloutConfig, model: ModelConfig) -> LoraConfig | None:
-    """The adapter, if the engines get it alone, beside the weights that they have from their start."""
+    """Return the adapter if the engines get only the adapter and keep the weights that they loaded at the start."""
     if model.lora is None or rollout.source == "model":
         return None
     exact = element_bytes(rollout.dtype, cluster.device == "cuda") == 4
@@ -131,12 +132,12 @@ def published_adapter(cluster: ClusterConfig, rollout: RolloutConfig, model: Mod
 
 
 def sleep_level(config: RunConfig) -> int:
-    """1: sleeping engines keep their weights in the host's memory; 2: they drop them, and all weights come again."""
+    """Return 1 if sleeping engines keep their weights in host memory, 2 if they drop them and get all weights again."""
     return 2 if published_adapter(config.cluster, config.rollout, config.model) is None else 1
 
 
 def shares_gpus(cluster: ClusterConfig) -> bool:
-    """Whether engine i of t GPUs shares those of ranks i*t to i*t + t-1."""
+    """Whether engine i with t GPUs shares those of ranks i*t to i*t + t-1."""
     return cluster.device == "cuda" and cluster.placement == "colocated"
 
 
@@ -206,7 +207,7 @@ def weights_can_travel(
 
 
 def engines_fit_on_nodes(cluster: ClusterConfig, rollout: RolloutConfig) -> Issues:
-    """The GPUs of a colocated engine are reserved one by one, and belong on one node."""
+    """The GPUs of a colocated engine are reserved one by one and must be on one node."""
     if shares_gpus(cluster) and rollout.tensor_parallel_size > 1 and cluster.strategy == "STRICT_SPREAD":
         yield ConfigIssue(
             "cluster.strategy",
@@ -223,7 +224,7 @@ def phases_make_room(
     learner: LearnerConfig,
     critic: CriticConfig,
 ) -> Issues:
-    """Sleeping and offloading must make room for somebody, and nobody may need what was freed."""
+    """Sleeping and offloading must make room for another process, and the freed memory must not be in use."""
     asked = {"rollout.sleep": rollout.sleep, "learner.offload": learner.offload, "critic.offload": critic.offload}
     stages = {"learner.offload": learner.zero_stage, "critic.offload": critic.zero_stage}
     for key, value in asked.items():

@@ -1,4 +1,4 @@
-"""Checks that process rewards and steps come from somewhere and go somewhere."""
+"""Checks that process rewards and steps have a source and are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether somebody listens at an address, asked before anything is loaded."""
+"""Checks whether a server listens at an address, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 SECONDS = 1.0
-"""To connect; a machine that answers at all does so sooner."""
+"""Timeout for a connection; a machine that answers at all does so sooner."""
 
 
 def nobody_at(url: str) -> str | None:
-    """Why no connection to the server of `url` comes about; None if one does, or if a proxy stands between."""
+    """Return why the server at `url` cannot be reached; None if it can, or if a proxy is in between."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
@@ -28,7 +28,7 @@ def nobody_at(url: str) -> str | None:
 
 
 def refusal(host: str, port: int) -> str | None:
-    """What keeps a TCP connection from coming about."""
+    """Return why a TCP connection fails, or None."""
     try:
         socket.create_connection((host, port), SECONDS).close()
     except OSError as error:
@@ -37,7 +37,7 @@ def refusal(host: str, port: int) -> str | None:
 
 
 def ray_here() -> str | None:
-    """HOST:PORT of the Ray that `cluster.address=auto` would join, as Ray looks for it; None if there is none."""
+    """Return HOST:PORT of the Ray that `cluster.address=auto` would join, found as Ray finds it; None without one."""
     named = os.environ.get("RAY_ADDRESS", "")
     if re.fullmatch(r"[\w.:\[\]-]+:\d+", named):
         return named
@@ -48,7 +48,7 @@ def ray_here() -> str | None:
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             started = re.search(rb"--gcs-address=([\w.:\[\]-]+:\d+)", process.read_bytes())
-        except OSError:  # it ended meanwhile, or is somebody else's
+        except OSError:  # it has ended, or is another user's
             continue
         if started:
             return started.group(1).decode()

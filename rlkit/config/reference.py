@@ -1,4 +1,4 @@
-"""`python -m rlkit.config.reference FOLDER`: what `--help` prints, as Markdown: a page for each section and option."""
+"""`python -m rlkit.config.reference FOLDER` writes what `--help` prints as Markdown, a page per section and option."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ GUIDES = {
     "model": ("Models", "models.md"),
     "cluster": ("Clusters", "cluster.md"),
 }
-"""Group -> title and page of what is written about it by hand, in docs/."""
+"""Group -> title and path of its handwritten page in docs/."""
 
 
 def pages() -> dict[str, str]:
-    """Path in docs/reference/ -> Markdown."""
+    """Return path in docs/reference/ -> Markdown."""
     options, chosen = group_options(conf_dir()), default_options(conf_dir())
     blocks = [*sections(values_of(chosen, conf_dir())), *parts(options, chosen, ())]
     named = [block for block in blocks if "=" not in block.title]
@@ -115,7 +115,7 @@ def _cell(text: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """Plain text that Markdown and HTML leave alone."""
+    """Escape plain text so that Markdown and HTML leave it unchanged."""
     return " ".join(_plain(text))
 
 

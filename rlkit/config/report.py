@@ -221,7 +221,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
 
 
 def _few_problems(run: ResolvedRun) -> Iterator[Line]:
-    """Of files: what is drawn, there is enough of."""
+    """Yield the number of training problems in files; generated problems never run out."""
     if getattr(run.data_config, "path", None) and (known := len(_problems(run, "train"))):
         fewer = known < run.config.trainer.prompts_per_step
         again = ", fewer than a step takes: it asks them several times" if fewer else ""
@@ -241,7 +241,7 @@ def _episodes(run: ResolvedRun) -> list[Line]:
 
 def _whole_run(trainer: TrainerConfig, updates: int, responses: int) -> str:
     steps = trainer.total_steps
-    if trainer.total_epochs is not None:  # the data say how many steps they are
+    if trainer.total_epochs is not None:  # the number of steps depends on the data
         return f"{_count(trainer.total_epochs, 'epoch')}, {_count(updates, 'optimizer step')} each step"
     return f"{steps} steps x {updates} = {steps * updates} optimizer steps, {steps * responses:,} responses"
 
@@ -297,7 +297,7 @@ def _problems(run: ResolvedRun, split: Split) -> Sequence[Problem]:
 
 
 def problems_if_few(source: DataSource, load: Callable[[], tuple[Sequence[Problem], object]]) -> Sequence[Problem]:
-    """What `load` does; nothing if it is too much to read for a plan, or cannot be read."""
+    """Return the problems that `load` reads; none if they are too many to read for a plan, or unreadable."""
     with suppress(DataError):
         if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
             return load()[0]
@@ -356,7 +356,7 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
 
 
 def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
-    """What takes longer than a plan may; the run does it before any actor starts."""
+    """Yield the checks that take too long for a plan; the run does them before any actor starts."""
     folder = model_folder(run.config.model.path)
     if known_run(folder) is None:
         yield "the model's architecture, which docs/models.md does not list"
@@ -374,7 +374,7 @@ def _parts_text(parts: Mapping[str, float]) -> str:
 
 
 def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
-    """Upper bound: all concurrent samples at full length (in practice shared prompts count once)."""
+    """Describe the cache and its upper bound: all concurrent samples at full length (shared prompts count once)."""
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     sample = length * shape.kv_bytes_per_token(element_bytes(rollout.dtype, cuda))
     full = f"{size_text(sample)} for each of up to {rollout.max_concurrent_samples} samples at full length"

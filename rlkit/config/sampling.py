@@ -1,4 +1,4 @@
-"""Checks of how responses are sampled, and of what that does to their log-probs."""
+"""Checks of how responses are sampled, and of how that affects their log-probs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sampler_and_learner_agree(
 
 
 def _ends_by_mismatch(name: str, rollout: RolloutConfig, trainer: TrainerConfig) -> str:
-    """A nucleus alone moves no log-prob by more than -ln(top_p); the other options have no bound."""
+    """Nucleus sampling changes no log-prob by more than -ln(top_p); for the other options there is no bound."""
     limit = trainer.max_mismatch
     if limit is None or trainer.max_staleness or (name == "top_p" and -math.log(rollout.top_p) <= limit):
         return ""

@@ -1,4 +1,4 @@
-"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what has no effect."""
+"""Checks that algorithm, data and reward fit with `rollout.source`, the origin of responses, and that options act."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEARNERS = (
     "conversations, sft"
 )
 SAMPLED = ("samples_per_prompt",)
-"""Options of an algorithm that speak of sampling."""
+"""Options of an algorithm that concern sampling."""
 
 
 def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
@@ -38,7 +38,7 @@ def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfi
 
 
 def _lacking(data: DataSource, words: AbstractSet[str]) -> str:
-    """Who brings none of `words`: of a mixture the sources by name."""
+    """Name the source that provides none of `words`; in a mixture, its sources that do not."""
     if not isinstance(data, Mixture):
         return type(data).__name__
     return ", ".join(f"data.sources.{name}" for name, part in data.parts.items() if not part.provides() & words)
@@ -72,7 +72,7 @@ def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: Data
 
 
 def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
-    """In the first problems; responses without a rival are left out of every step."""
+    """Check the first problems: responses with nothing to compare them with are left out of every step."""
     needs, provided = algorithm.needs(), data.provides()
     if rollout.source != "data" or rollout.judge != "auto" or not needs.pairs or not provided & {"pairs", "labels"}:
         return
@@ -98,7 +98,7 @@ def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConf
 
 
 def labels_are_of_both_kinds(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
-    """In the first problems: responses of one kind move each other's reference point, and teach no difference."""
+    """Check the first problems: responses of one kind only move each other's reference point and teach no contrast."""
     if not reads_recorded_labels(rollout, algorithm):
         return
     try:
@@ -125,7 +125,7 @@ def labels_are_of_both_kinds(algorithm: Algorithm, rollout: RolloutConfig, data:
 
 
 def rows_are_noted(data: DataSource, dry_run: bool) -> Issues:
-    for note in data.notes() if dry_run else ():  # the start says it of all rows
+    for note in data.notes() if dry_run else ():  # the start reports it for all rows
         yield ConfigIssue("data", note, warning=True)
 
 
@@ -176,8 +176,8 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
 
 
 def _other_token(own: Path, other: Path) -> str | None:
-    """The first token of one tokenizer.json that the other has not under the same id. The files' text may differ: each
-    version of the library writes its own."""
+    """Return the first token of one tokenizer.json that the other lacks under the same id. The files' text may differ,
+    as each version of the library formats it differently."""
     if own.read_bytes() == other.read_bytes():
         return None
     try:
@@ -202,7 +202,7 @@ ON_RECORDED = frozenset(
     f"rollout.{name}"
     for name in ("source", "source_path", "judge", "temperature", "max_prompt_tokens", "max_response_tokens", "steps")
 )
-"""Keys that do something, or have a check of their own, where nothing is sampled. The others are vLLM's."""
+"""Keys that act, or have a check of their own, when nothing is sampled. The others concern vLLM."""
 
 
 def source_options_act(
@@ -237,7 +237,7 @@ def source_options_act(
 
 
 def _option(key: str) -> str:
-    """Of a key that may be inside of an option."""
+    """Return the option of a key, which may be nested inside it."""
     return ".".join(key.split(".")[:2])
 
 
@@ -264,7 +264,7 @@ def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
 
 
 def nothing_waits_for_engines(rollout: RolloutConfig, trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
-    """Keys of other sections about a sampler that works beside the learner."""
+    """Check keys of other sections that concern a sampler running alongside the learner."""
     if rollout.source != "data":
         return
     if trainer.max_staleness:

@@ -1,4 +1,4 @@
-"""Training on samples of older policies: what it needs, and where it does not help."""
+"""Checks of training on samples of older policies: what it needs, and where it does not help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Ray's object store holds, and what goes through it, without torch."""
+"""Predicted contents of Ray's object store, and what goes through it. Without torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rlkit.models.folder import ModelShape, check_model_folder
 
 
 def step_bytes(run: ResolvedRun) -> float:
-    """Groups of a step: ids, log-probs and text of every response at full length, and of the prompts."""
+    """Return the bytes of a step's groups: ids, log-probs and text of all responses at full length, and of prompts."""
     config = run.config
     tokens = config.rollout.max_prompt_tokens + run.algorithm_config.samples_per_prompt * longest_sample(run)
     return float(16 * config.trainer.prompts_per_step * config.rollout.oversample * tokens)
 
 
 def stored_bytes(run: ResolvedRun) -> float:
-    """What the object store holds at most: two versions of the weights, if they go that way, the groups of the steps
-    that are sampled, scored or trained, and what of them is dealt to ranks and returns."""
+    """Return the most bytes that the object store holds: two versions of the weights, if they go through it; the groups
+    of the steps being sampled, scored or trained; and the data of these that ranks get and return."""
     width = element_bytes(run.config.learner.dtype, run.config.cluster.device == "cuda")
     return 2 * width * bundle_elements(run.config) + (3 + run.config.trainer.max_staleness) * step_bytes(run)
 
@@ -32,7 +32,7 @@ def policy_shape(config: RunConfig) -> ModelShape:
 
 
 def bundle_elements(config: RunConfig) -> float:
-    """Of what goes to engines, or to a reward, through the object store at each step."""
+    """Return the number of weights that go to engines, or to a reward, through the object store at each step."""
     if not config.rollout.workers or config.rollout.source == "model":
         return 0.0
     if weight_route(config.cluster, config.rollout, config.learner, config.model) != "object_store":
@@ -42,6 +42,6 @@ def bundle_elements(config: RunConfig) -> float:
 
 
 def object_store_bytes(run: ResolvedRun) -> float:
-    """Size of the object store: `cluster.object_store_gib`, or room for what it holds."""
+    """Return the size of the object store: `cluster.object_store_gib`, or enough for what it holds."""
     asked = run.config.cluster.object_store_gib
     return max(2.0**29, 1.2 * stored_bytes(run)) if asked is None else asked * 2**30

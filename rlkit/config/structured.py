@@ -1,4 +1,4 @@
-"""What responses must match (`rollout.structured`): read and checked before anything starts."""
+"""The pattern that responses must match (`rollout.structured`), read and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rlkit.data.stored import picked
 from rlkit.experience.section import Section
 
 COLUMN = "column:"
-"""Before the name of a data column that holds each problem's own value."""
+"""Prefix of the name of a data column that holds each problem's own value."""
 
 
 class StructuredConfig(Section):
-    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
-    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
+    """What every response must match: a regex, choices or a JSON schema. Tokens that do not fit are never sampled
+    (constrained decoding). The value `column:NAME` takes each problem's own value from that column of the data."""
 
     regex: str | None = None
     """A regular expression for the whole response."""
     choices: tuple[str, ...] | str | None = None
-    """Texts, one of which is the whole response."""
+    """Texts; the whole response must be one of them."""
     json_schema: dict[str, Any] | str | None = None
-    """A JSON schema, or the path of a file with one."""
+    """A JSON schema, or the path of a file that contains one."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -43,7 +43,7 @@ class StructuredConfig(Section):
 
     @property
     def column(self) -> str | None:
-        """The column with each problem's own value, if there is one."""
+        """Return the column with each problem's own value, if there is one."""
         value = getattr(self, self.kind)
         return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
 
@@ -53,7 +53,7 @@ Grammar = Mapping[str, Any]
 
 
 def grammar(config: StructuredConfig, columns: Mapping[str, Any]) -> Grammar:
-    """`columns`: of the problem, if the value is in one of them. Raises ValueError for an unusable value."""
+    """Return the grammar. `columns`: the problem's, where its own value may be. Raises ValueError for a bad value."""
     if config.column is not None and columns.get(config.column) is None:
         raise ValueError(f"column {config.column!r} is empty")
     value = getattr(config, config.kind) if config.column is None else columns[config.column]
@@ -100,7 +100,7 @@ def _schema(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """JSON as text, as CSV has it; an array of Parquet as a list."""
+    """Decode JSON text, as in CSV files, and convert an array from Parquet to a list."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if not isinstance(value, str):
@@ -123,7 +123,7 @@ def _read(file: Path) -> Any:
 def split_unusable(
     config: StructuredConfig | None, problems: Sequence[Problem]
 ) -> tuple[Sequence[Problem], list[BadRow]]:
-    """The problems whose own value is usable, and the rows of the others."""
+    """Return the problems whose own value is usable, and the rows of the others."""
     if config is None or config.column is None:
         return problems, []
     good, bad = [], []

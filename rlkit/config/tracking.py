@@ -18,27 +18,26 @@ class TrackingConfig(Section):
     """What a run writes and shows."""
 
     console: Literal["auto", "live", "plain", "off"] = "auto"
-    """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
+    """live: a view that redraws itself; plain: one line per step; auto: live on a terminal, else plain."""
     trackers: Annotated[tuple[SerializeAsAny[TrackerConfig], ...], BeforeValidator(parse_trackers)] = Field(
         default=(TENSORBOARD,), validate_default=True
     )
-    """Where numbers, texts and warnings go besides the run folder: names (tensorboard, wandb, mlflow, trackio,
-    swanlab), dotted paths of your classes, or mappings with a `kind` and its options. [] turns all off."""
+    """Trackers that get metrics, texts and warnings in addition to the run folder: names (tensorboard, wandb, mlflow,
+    trackio, swanlab), dotted paths of your classes, or mappings with a `kind` and its options. [] turns all off."""
     sample_groups_per_step: int | None = Field(default=16, ge=0)
-    """Groups per step whose responses go to samples.jsonl, and as many of those that filters reject; null: every group.
-    """
+    """Groups per step whose responses go to samples.jsonl, and as many of the groups that filters reject; null: all."""
     keep_samples: Literal["all", "best_worst"] = "all"
-    """Which responses of these groups: all, or the best and the worst of each."""
+    """Which responses of these groups to keep: all, or the best and the worst of each group."""
     token_groups_per_step: int = Field(default=4, ge=0)
-    """Of these groups, how many leave the signals of each token in `tokens/`: the widest and the narrowest spread of
-    rewards, and others at random. 0: none."""
+    """For how many of these groups to write per-token signals to `tokens/`: those with the widest and the narrowest
+    spread of rewards, and others at random. 0: none."""
     token_gib: float = Field(default=1.0, gt=0)
-    """Size of `tokens/` above which every second file of its older half is removed."""
+    """When `tokens/` grows above this size, every second file of its older half is removed."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_an_older_file(cls, fields: Any) -> Any:
-        """`tensorboard: true|false` was the only choice of a tracker."""
+        """In older files, `tensorboard: true|false` was the only choice of tracker."""
         if not isinstance(fields, Mapping) or TENSORBOARD not in fields:
             return fields
         others = {name: value for name, value in fields.items() if name != TENSORBOARD}

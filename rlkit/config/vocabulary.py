@@ -1,5 +1,5 @@
-"""What other frameworks call a thing, and what rlkit does not have: answers by name instead of a near-by key. The words
-are in vocabulary.yaml, which says how they are written."""
+"""Other frameworks' names for rlkit's options, and what rlkit does not have: answers by name instead of by spelling.
+The words are in vocabulary.yaml, which explains their format."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from typing import Any
 import yaml
 
 TABLES = ("openrlhf", "trl", "trl_preferences", "verl")
-"""The lists of which the docs have tables."""
+"""The lists that the docs show as tables."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Keys of another framework with what they are here."""
+    """Keys of another framework and their rlkit equivalents."""
 
     keys: Mapping[str, tuple[str, ...]]
-    """Key there (`optim.lr`, or with a value: `loss_type=ipo`) -> keys here, options (`algorithm=gspo`), or words."""
+    """Their key (`optim.lr`, or with a value: `loss_type=ipo`) -> rlkit's keys, options (`algorithm=gspo`) or words."""
     differs: str
     """Markdown; may be empty."""
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a typed key is here."""
+    """What a typed key means in rlkit."""
 
     here: tuple[str, ...]
     differs: str
-    """In plain words."""
+    """How it differs, as plain text."""
     framework: str
     by_value: bool
-    """It is that of this value alone."""
+    """Whether the meaning holds only for this value."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those of `here` that are keys which a configuration may have or lack."""
+        """Return the entries of `here` that are keys which a configuration may have or lack."""
         plain = (name for name in self.here if re.fullmatch(r"[\w.]+", name))
         return tuple(name for name in plain if "NAME" not in name and not name.endswith("_target_"))
 
 
 @cache
 def words() -> dict[str, Any]:
-    """The content of vocabulary.yaml, read when the first wrong word needs it."""
+    """Return the content of vocabulary.yaml, read when first needed."""
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
     content: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # 7 times as fast
     return content
@@ -54,7 +54,7 @@ def words() -> dict[str, Any]:
 
 @cache
 def rows(name: str) -> tuple[Row, ...]:
-    """Of one of TABLES, or of `others`."""
+    """Return the rows of one of TABLES, or of `others`."""
     return tuple(
         Row(
             {
@@ -70,8 +70,8 @@ def rows(name: str) -> tuple[Row, ...]:
 
 
 def meanings(key: str, value: object = None) -> list[Meaning]:
-    """What other frameworks mean by this key, by the rows that fit it best: those for its value, then those that share
-    most of its sections."""
+    """Return what other frameworks mean by this key, from the rows that fit it best: first those for its value, then
+    those that share most of its sections."""
     found = [
         (fit, Meaning(here, _plain(row.differs), name, "=" in known))
         for name in (*TABLES, "others")
@@ -91,7 +91,7 @@ def _fit(known: str, key: str, value: object) -> tuple[bool, int] | None:
     steps, typed = known.split("."), key.split(".")
     if typed[-len(steps) :] == steps:
         return bool(with_value), len(steps)
-    # Its last part alone, unless that is a word which means something everywhere (`enable`, `path`).
+    # Only its last part, unless that is a common word (`enable`, `path`).
     return (bool(with_value), 1) if steps[-1] == typed[-1] and "_" in typed[-1] else None
 
 
@@ -101,12 +101,12 @@ def _plain(markdown: str) -> str:
 
 
 def is_called(key: str, fields: Iterable[str]) -> bool:
-    """Whether other frameworks call one of these full keys `key`."""
+    """Whether `key` is another framework's name for one of these full keys."""
     return not {name for meaning in meanings(key) for name in meaning.here}.isdisjoint(fields)
 
 
 def answer(name: str, section: str = "") -> str | None:
-    """What to say of a key, an option or a part of either that rlkit does not have; None for an unknown one."""
+    """Return the answer about a key, an option or part of one that rlkit does not have; None if nothing is known."""
     in_section = words()["in_section"]
     tops = [top for top in (section, name.partition(".")[0]) if top in in_section]
     own: list[Mapping[str, str]] = in_section[tops[0]] if tops else []

@@ -22,7 +22,7 @@ from rlkit.experience import Message
 Operator = Literal["+", "-", "*"]
 Style = Literal["equations", "words", "annotated", "running"]
 STYLES: tuple[Style, ...] = ("equations", "words", "annotated", "running")
-"""Phrasings of a worked solution; a problem's references come in this order."""
+"""Phrasings of a worked solution; a problem's references are in this order."""
 
 _SPOKEN: dict[Operator, str] = {"+": "plus", "-": "minus", "*": "times"}
 _HELDOUT_BUCKETS = 8
@@ -53,13 +53,13 @@ class WordProblem:
 
     @property
     def skeleton(self) -> str:
-        """Situation and numbers without names and things, by which the split is made: `bus:12+5-3`."""
+        """Situation and numbers without names and things (`bus:12+5-3`), which decide the split."""
         changes = "".join(f"{step.operator}{step.right}" for step in self.steps)
         return f"{self.situation}:{self.steps[0].left}{changes}"
 
 
 def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
-    """`#### answer` is on the last line."""
+    """Return the solution; its last line is `#### answer`."""
     if style == "equations":
         lines = [f"{step.left}{step.operator}{step.right}={step.result}" for step in steps]
     elif style == "words":
@@ -72,12 +72,12 @@ def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
 
 
 class ArithmeticConfig(DataConfig):
-    """Sizes and ranges of the embedded task. The embedded models were made with the defaults."""
+    """Sizes and ranges of the embedded task. The embedded models were trained with the defaults."""
 
     train_problems: int = Field(default=16384, ge=1, le=10_000_000)
-    """Problems to train on."""
+    """Number of training problems."""
     heldout_problems: int = Field(default=1024, ge=1, le=1_000_000)
-    """Problems that are only evaluated on; no training problem has the same situation and numbers."""
+    """Number of problems used only for evaluation; no training problem has the same situation and numbers."""
     min_steps: int = Field(default=1, ge=1, le=3)
     """Fewest calculations in a problem."""
     max_steps: int = Field(default=3, ge=1, le=3)
@@ -89,7 +89,7 @@ class ArithmeticConfig(DataConfig):
     max_value: int = Field(default=40, ge=8)
     """Largest result (the smallest is 0)."""
     problem_seed: int = Field(default=2026, ge=0)
-    """Draws the problems. Not the run's `seed`: all runs agree on the problems and the held-out ones."""
+    """Seed for drawing the problems. Separate from the run's `seed`, so that all runs share problems and split."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ArithmeticConfig:
@@ -120,13 +120,13 @@ class Arithmetic(DataSource):
         return frozenset({"answer", "references"})
 
 
-@lru_cache(maxsize=2)  # several checks of a configuration look at them
+@lru_cache(maxsize=2)  # several checks of a configuration use them
 def _previewed(config: ArithmeticConfig, split: Split) -> tuple[Problem, ...]:
     return tuple(_as_problem(problem) for problem in draw_problems(config, split))
 
 
 def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
-    """All questions different. Raises DataError if the ranges hold too few."""
+    """Draw problems with distinct questions. Raises DataError if the ranges allow too few."""
     count = config.train_problems if split == "train" else config.heldout_problems
     rng = random.Random(f"{config.problem_seed}/{split}")
     problems: dict[str, WordProblem] = {}
@@ -191,7 +191,7 @@ def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
 
 
 def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> list[tuple[Operator, int]]:
-    """One change per operator that keeps the value within 0 and `max_value`; + and - are likelier."""
+    """Return a change per operator that keeps the value between 0 and `max_value`; + and - are twice as likely."""
     changes: list[tuple[Operator, int]] = []
     if value + 2 <= config.max_value:
         addend = rng.randint(2, min(config.max_operand, config.max_value - value))
@@ -219,7 +219,7 @@ NAMES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Sentence patterns: `{n}` name, `{p}` pronoun, `{t}` thing counted, `{a}` amount, `{b}` change, `{k}` factor."""
+    """Sentence patterns: `{n}` name, `{p}` pronoun, `{t}` counted thing, `{a}` amount, `{b}` change, `{k}` factor."""
 
     name: str
     things: tuple[str, ...]

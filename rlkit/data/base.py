@@ -1,4 +1,4 @@
-"""The contract of a data source: plain problems, before any tokenizer."""
+"""The contract of a data source: plain problems, before any tokenisation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class DataConfig(Section):
     """Fields of every data source. A source nests its own subclass as `Config`."""
 
     max_bad_row_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of unusable rows that may be skipped (each reported with file and row); above it the run does not start."""
+    """Share of unusable rows that may be skipped (each reported with file and row). Above it, a run does not start."""
 
     @property
     def bad_row_share(self) -> float:
-        """What all rows that a run reads are held to."""
+        """Largest share of bad rows among all rows that a run reads."""
         return self.max_bad_row_share
 
 
@@ -33,19 +33,19 @@ class Response:
     """A recorded response to a problem."""
 
     messages: tuple[Message, ...]
-    """What follows the problem's messages: one assistant's, or several turns that end with an assistant's."""
+    """The messages after the problem's: one of the assistant's, or several turns that end with one."""
     value: float = 1.0
-    """Its label or score; a demonstration and the better one of a pair have 1, the worse one 0."""
+    """Its label or score. A demonstration and the better response of a pair have 1, the worse one 0."""
     weight: float = 1.0
-    """In the loss of fine-tuning."""
+    """Its weight in the fine-tuning loss."""
     trained: tuple[bool, ...] | None = None
-    """Which messages are trained on; None: every assistant's."""
+    """Which messages are trained on; None: all of the assistant's."""
     origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data source, or rows with responses to one prompt."""
+    """One row of a data source, or several rows with responses to one prompt."""
 
     id: str
     messages: tuple[Message, ...]
@@ -60,12 +60,12 @@ class Problem:
 
     @property
     def question(self) -> tuple[Message, ...]:
-        """Its messages; of a task whose environment speaks first, its name in their place."""
+        """The problem's messages or, for a task whose environment speaks first, its id in their place."""
         return self.messages or (Message("user", self.id),)
 
     @property
     def rows(self) -> int:
-        """Rows of the data that it came from."""
+        """Number of data rows that it came from."""
         return len({response.origin for response in self.responses}) or 1
 
 
@@ -74,15 +74,15 @@ class BadRow:
     origin: str
     reason: str
     remedy: str = ""
-    """What the user can do, if it is not to correct the row."""
+    """What the user can do other than correct the row."""
     tokens: int = 0
-    """Of what is too long."""
+    """Number of tokens, if the row is too long."""
     systematic: bool = False
-    """A mistake of the whole file: leaving such rows out would change what the others say."""
+    """Whether the whole file is at fault, so that skipping such rows would change what the others mean."""
 
 
 class DataSource(ABC):
-    """Disjoint train and held-out problems. Deterministic: equal config and seed, equal problems."""
+    """Disjoint training and held-out problems. Deterministic: same config and seed, same problems."""
 
     Config: ClassVar[type[DataConfig]] = DataConfig
 
@@ -90,40 +90,40 @@ class DataSource(ABC):
         self.config = config
         self.seed = seed
         self.asks_all = False
-        """`load_set` alone will be called: nothing is held out."""
+        """Whether only `load_set` will be called, so that nothing is held out."""
 
     def take_environment(self, environment: type[Environment], options: Any) -> None:  # noqa: B027
-        """The run's environment with its options, before anything else is asked: for sources that have its tasks."""
+        """Take the run's environment with its options, before any other call; for sources that use its tasks."""
 
     def check(self) -> list[str]:
-        """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
+        """Run cheap checks before a run (files exist, columns exist); return messages for the user, if any."""
         return []
 
     def preview(self, split: Split) -> Sequence[Problem]:
-        """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
-        after `check`. Raises DataError where `load` will."""
+        """Return problems that are cheap to get, for checks before a run: the first ones, or none if that requires
+        loading. Called after `check`. Raises DataError where `load` will."""
         return []
 
     def notes(self) -> list[str]:
-        """What happens to rows that were read so far and are used otherwise than they stand, or not at all."""
+        """Return notes on rows read so far that are skipped or not used as they are."""
         return []
 
     @abstractmethod
     def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
-        """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
+        """Return all problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
     def load_set(self) -> tuple[Sequence[Problem], list[BadRow]]:
-        """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
+        """Return the problems of a source in `evaluation.sets`: the held-out ones, or all in a file."""
         return self.load("heldout")
 
     def weights(self) -> Mapping[str, float]:
-        """Of a mixture: source -> its share of the prompts, relative to the others'. A problem's id begins with
-        `source/`."""
+        """Return source -> its share of the prompts, relative to the others', if the source is a mixture. There a
+        problem's id begins with `source/`."""
         return {}
 
     def provides(self) -> frozenset[str]:
-        """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
-        `pairs` and `labels` (responses with values that differ)."""
+        """Return what its problems have, for checks of rewards: `answer`, `references`, further column names,
+        `responses`, `pairs` and `labels` (responses with differing values)."""
         return frozenset()
 
 

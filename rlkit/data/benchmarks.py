@@ -21,21 +21,21 @@ from rlkit.experience.reward_benchmarks import (
 )
 
 Answers = tuple[Sequence[str], Sequence[str]]
-"""Right ones and wrong ones."""
+"""Right answers and wrong answers."""
 
 
 class Benchmark(RecordedSource):
-    """A response's value is 1 if it is right and 0 if it is wrong."""
+    """A reward benchmark. The value of a right response is 1, that of a wrong one 0."""
 
     Config: ClassVar[type[DataConfig]] = DataSetConfig
     title: ClassVar[str]
     asked: ClassVar[str] = "prompt"
     subset: ClassVar[str] = "subset"
-    """Columns."""
+    """Columns with the prompt and the subset."""
     one_sided: ClassVar[bool] = False
-    """Whether a question counts all of whose responses are right, or wrong."""
+    """Whether questions count that have only right or only wrong responses."""
     totals: ClassVar[Callable[..., Mapping[str, float]]]
-    """The rule of its authors: questions -> shares."""
+    """The authors' scoring rule: questions -> shares."""
 
     def provides(self) -> frozenset[str]:
         return super().provides() | {"labels"}
@@ -51,7 +51,7 @@ class Benchmark(RecordedSource):
         return Parts(prompt_of(row, self.asked), responses)
 
     def _answers(self, row: Row) -> Answers:
-        """Raises RowError."""
+        """Return the row's right and wrong answers. Raises RowError."""
         return _listed(row, "chosen"), _listed(row, "rejected")
 
 
@@ -67,14 +67,14 @@ class RewardBench2(Benchmark):
 
     class Config(DataSetConfig):
         id_column: str | None = "id"
-        """The questions of `Ties` belong together by it."""
+        """Column by which the questions of `Ties` belong together."""
 
     title = "RewardBench 2"
     totals = staticmethod(reward_bench_2)
 
 
 class RMBench(Benchmark):
-    """`data=rm_bench`: three styles of a right and of a wrong response (arXiv 2410.16184)."""
+    """`data=rm_bench`: a right and a wrong response, each in three styles (arXiv 2410.16184)."""
 
     title = "RM-Bench"
     subset = "domain"
@@ -119,6 +119,6 @@ class PPE(Benchmark):
 
 
 def _listed(row: Row, column: str) -> Sequence[Any]:
-    """A text, or a list of texts."""
+    """Return the column's list of texts; a single text becomes a list."""
     value = cell(row, column)
     return [value] if isinstance(value, str) else value

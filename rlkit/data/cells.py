@@ -1,4 +1,4 @@
-"""What a cell of a row holds: a text, a number, chat messages. Each function raises RowError for anything else."""
+"""Readers of a row's cells: a text, a number, chat messages. Each function raises RowError for anything else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 Chat = tuple[Message, ...]
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-"""ShareGPT's names of roles."""
+"""ShareGPT's role names -> rlkit's."""
 _FROM = {*_ROLES, *_ROLES.values(), "system"}
 _LABELS = (
     "Labels are true or false, or numbers from 0 (bad) to 1 (good): write them so. Numbers of any size are scores "
@@ -26,13 +26,13 @@ class RowError(ValueError):
     """This row cannot be used; the message is the reason."""
 
     def __init__(self, reason: str, remedy: str = "", *, systematic: bool = False) -> None:
-        """`remedy`, `systematic`: as `BadRow` has them."""
+        """`remedy`, `systematic`: as in `BadRow`."""
         super().__init__(reason)
         self.remedy, self.systematic = remedy, systematic
 
 
 def cell(row: Row, column: str) -> Any:
-    """A column that is not null; `outer.inner` is a column inside another."""
+    """Return the value of a column, which must not be null; `outer.inner` is a column inside another."""
     value = row[column] if column in row else _inner(row, column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError(f"{column} is null")
@@ -62,7 +62,7 @@ def _inner(row: Row, column: str) -> Any:
 
 
 def text(value: Any, what: str) -> str:
-    """With more than white space in it."""
+    """Return the text, which must contain more than white space."""
     if isinstance(value, Mapping) and value:
         raise RowError(f"{what} has columns inside it; name one of them: {', '.join(f'{what}.{key}' for key in value)}")
     if not isinstance(value, str):
@@ -73,7 +73,7 @@ def text(value: Any, what: str) -> str:
 
 
 def number(row: Row, column: str) -> float:
-    """A finite number; true is 1."""
+    """Return a finite number; true is 1."""
     value = cell(row, column)
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
         raise RowError(f"{column} must be a finite number, not {value!r}")
@@ -81,7 +81,7 @@ def number(row: Row, column: str) -> float:
 
 
 def label(value: Any, what: str) -> float:
-    """0 (wrong) to 1 (right)."""
+    """Return a label from 0 (wrong) to 1 (right)."""
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
         reason = f"{what} must be true, false or a number from 0 to 1, not {value!r}"
         raise RowError(reason, _LABELS, systematic=True)
@@ -89,7 +89,7 @@ def label(value: Any, what: str) -> float:
 
 
 def message(value: Any, what: str) -> Message:
-    """`{"role": ..., "content": ...}`, or ShareGPT's `{"from": ..., "value": ...}`. The assistant's may be empty."""
+    """Read `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}`. Assistants' may be empty."""
     if not isinstance(value, Mapping):
         raise RowError(f"{what} must be a chat message with role and content, not {type(value).__name__}")
     keys = ("from", "value") if value.get("role") is None and value.get("from") is not None else ("role", "content")
@@ -101,7 +101,7 @@ def message(value: Any, what: str) -> Message:
         raise RowError(f"{what}.from is {role!r}, no role that is known: {', '.join(sorted(_FROM))}")
     role = _ROLES.get(role, role)
     content = value[keys[1]]
-    if role == "assistant" and isinstance(content, str):  # an empty response is one, too: the model ended at once
+    if role == "assistant" and isinstance(content, str):  # an empty response is valid: the model ended at once
         return Message(role, content)
     return Message(role, text(content, f"{what}.{keys[1]}"))
 
@@ -115,7 +115,7 @@ def chat(value: Any, what: str) -> Chat:
 
 
 def prompt_of(row: Row, column: str) -> Chat:
-    """Chat messages; a text is one message of the user."""
+    """Return the prompt as chat messages; a text becomes one user message."""
     value = cell(row, column)
     if isinstance(value, str):
         return (Message("user", text(value, column)),)
@@ -128,7 +128,8 @@ def prompt_of(row: Row, column: str) -> Chat:
 
 
 def turns(value: Any, what: str) -> Chat:
-    """A response (a text, a message or several), or a whole conversation. It ends with an assistant's message."""
+    """Return the messages of a response (a text, a message or several) or of a whole conversation. The last message
+    must be the assistant's."""
     if isinstance(value, str):
         return (Message("assistant", value),)
     messages = (message(value, what),) if isinstance(value, Mapping) else chat(value, what)
@@ -138,7 +139,7 @@ def turns(value: Any, what: str) -> Chat:
 
 
 def conversation(value: Any, what: str) -> tuple[Chat, str]:
-    """Split off the last message, the response."""
+    """Split a conversation into its prompt and its last message, the response."""
     messages = chat(value, what)
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise RowError(f"{what} is a chat, so it must have a prompt and end with the assistant's message")

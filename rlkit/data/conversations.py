@@ -1,4 +1,4 @@
-"""Recorded responses as token ids: what the sampler would have returned, ended as the chat template ends it."""
+"""Recorded responses as token ids: as the sampler would have returned them, ended as the chat template ends them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REMEDY = "name another template with model.chat_template"
 
 
 def responses_of(problem: Problem) -> tuple[Response, ...]:
-    """The problem's responses; without any, its reference answers."""
+    """Return the problem's responses or, if it has none, its reference answers."""
     return problem.responses or tuple(
         Response((Message("assistant", reference),), origin=f"{problem.origin} reference {i + 1}")
         for i, reference in enumerate(problem.references)
@@ -37,10 +37,10 @@ def render_recorded(
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Sequence[Prompt], list[BadRow]]:
-    """Prompts with `recorded` responses, and the rows that cannot be used.
+    """Return prompts with `recorded` responses, and the rows that cannot be used.
 
     `stop_token_ids` end a sampled response. Raises DataError for a template whose answers end with none of them, and
-    as `render` does.
+    where `render` does.
     """
     template = ChatTemplate(tokenizer, chat_template, template_arguments)
     bad: list[BadRow] = []
@@ -64,16 +64,16 @@ def render_recorded(
 
 @dataclass(frozen=True)
 class Ending:
-    """How a template ends an answer: with one of `stops`, then `tail`, which a sampler never returns."""
+    """How a template ends an answer: with one of `stops`, followed by `tail`, which a sampler never returns."""
 
     stops: tuple[str, ...]
     tail: str
     space: bool
-    """The tokenizer itself puts a space before a text, so the template's own is left out."""
+    """Whether the tokenizer adds a space before a text, so that the template's space is left out."""
 
     @classmethod
     def of(cls, template: ChatTemplate, stop_token_ids: Collection[int], asked: Asked) -> Ending:
-        """Seen on a short answer to a prompt of the data. Raises DataError."""
+        """Find it out with a short answer to a prompt of the data. Raises DataError."""
         stops = tuple(template.tokenizer.decode([stop]) for stop in sorted(stop_token_ids))
         names = ", ".join(repr(stop) for stop in stops)
         (text,) = template.texts([[*asked.prompt.messages, Message("assistant", "2")]], ask=False)
@@ -101,7 +101,7 @@ class Ending:
         return cls(stops, answer[end:], answer.startswith(" ") and alone != continued == bare)
 
     def cut(self, answer: str) -> tuple[str, str] | BadRow:
-        """(answer, the token that ends it). A row that brings its own end is not ended twice."""
+        """Return (answer, the token that ends it). An answer that already has an end token does not get another."""
         place = _first_stop(answer, self.stops)
         if place is None:
             return BadRow("", "the chat template does not end this answer", f"Correct it, or {_REMEDY}")
@@ -135,7 +135,7 @@ class _Draft(NamedTuple):
 def _drafts(
     asked: Sequence[Asked], template: ChatTemplate, ending: Ending
 ) -> Iterator[tuple[Asked, list[_Draft | BadRow]]]:
-    """Per prompt a draft for each response, or why it cannot be used."""
+    """Yield per prompt a draft of each response, or why it cannot be used."""
     responses = [responses_of(item.problem) for item in asked]
     texts = _Texts(template, asked, responses)
     split = [
@@ -157,7 +157,7 @@ def _drafts(
 
 
 class _Texts:
-    """The conversations that the template must render for a response, rendered all at once."""
+    """The conversations that the template must render for each response, all rendered at once."""
 
     def __init__(self, template: ChatTemplate, asked: Sequence[Asked], responses: Sequence[Sequence[Response]]) -> None:
         asks: list[tuple[Message, ...]] = []
@@ -172,7 +172,7 @@ class _Texts:
         self._answered = iter(template.texts(answered, ask=False))
 
     def take(self, response: Response) -> list[tuple[str | BadRow | None, str | BadRow]]:
-        """Per trained turn the conversation that asks for it (None: the prompt), and the answered one."""
+        """Return per trained turn the conversation that asks for it (None: the prompt) and the answered one."""
         return [(next(self._asks) if turn else None, next(self._answered)) for turn in _trained(response)]
 
 
@@ -184,7 +184,7 @@ def _trained(response: Response) -> list[int]:
 def _pieces(
     prompt: str, response: Response, turns: list[tuple[str | BadRow | None, str | BadRow]], ending: Ending
 ) -> list[_Piece] | BadRow:
-    """Turns of the assistant, and what lies between them, as texts whose token ids follow the prompt's."""
+    """Return the assistant's turns, and the text between them, as texts whose token ids follow the prompt's."""
     pieces: list[_Piece] = []
     position, whole = len(prompt), turns[-1][1]
     for asks, answered in turns:
@@ -237,7 +237,7 @@ def _draft(
 def _recorded(
     problem: Problem, drafts: Sequence[_Draft | BadRow], max_tokens: int
 ) -> tuple[Recorded | None, list[BadRow]]:
-    """A row is used whole or not at all; of reference answers those that can be used are enough."""
+    """Combine the drafts. A row is used whole or not at all; of reference answers, the usable ones are enough."""
     if not drafts:
         return None, [BadRow(problem.origin, "it has no response")]
     unusable: dict[str, BadRow] = {}

@@ -1,4 +1,4 @@
-"""`data=environment`: the tasks that the run's environment brings itself."""
+"""`data=environment`: the tasks that the run's environment provides."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ PREVIEWED = 64
 
 
 class EnvironmentSource(DataSource):
-    """The tasks that the environment brings itself."""
+    """The tasks that the environment provides."""
 
     class Config(DataConfig):
         task_seed: Seed = 2026
-        """Draws the tasks, where they are drawn. Not the run's `seed`: all runs agree on the held-out ones."""
+        """Seed for drawing the tasks, if they are drawn. Separate from the run's `seed`, so that all runs share the
+        held-out ones."""
 
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
@@ -63,7 +64,7 @@ class EnvironmentSource(DataSource):
         return "the environment" if self.environment is None else self.environment.__name__
 
     def _tasks(self, split: Split) -> Sequence[Task]:
-        """Raises DataError if there are none."""
+        """Return the tasks of a split. Raises DataError if there are none."""
         if split in self._known:
             return self._known[split]
         if self.environment is None:

@@ -1,4 +1,4 @@
-"""Problems from a user's own data: files (JSON Lines, JSON, CSV, Parquet), or anything that `datasets` can load."""
+"""Problems from the user's data: files (JSON Lines, JSON, CSV, Parquet), or anything that `datasets` can load."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from rlkit.data.tables import Rows, data_set_rows, file_rows, hub_columns, is_lo
 Loaded = tuple[Sequence[Problem], list[BadRow]]
 
 CHECKED_ROWS = 10_000
-"""Rows of each split that are judged before a run starts; the others when they are loaded."""
+"""Rows of each split that are checked before a run starts; the others are checked when they are loaded."""
 PROVIDED = frozenset({"answer", "references", "responses", "pairs", "labels"})
-"""Words of `provides` that are no columns, even where a column is called so."""
+"""Words in `provides` that are not columns, even if a column has that name."""
 DEFAULT_HELDOUT_SHARE = 0.05
 
 
@@ -42,43 +42,43 @@ class TableSource(DataSource):
 
     Config: ClassVar[type[DataConfig]] = ColumnsConfig
     gather: ClassVar[bool] = False
-    """Rows with the same prompt are one problem."""
+    """Whether rows with the same prompt form one problem."""
 
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
         self._loaded: dict[Split, Loaded] | None = None
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
         self._judged: dict[Split, Loaded] = {}
-        """Of the first rows."""
+        """Problems and unusable rows among the first rows."""
         self._noted: dict[str, tuple[int, str]] = {}
-        """What is done with some rows that are used: how many, and the first."""
+        """What is done with some of the used rows -> how many, and the first."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
-        """Name of the files or data set with a split's rows; None if the held-out ones are a share of the others."""
+        """Name the files or data set with a split's rows; None if the held-out rows are a share of the others."""
 
     @abstractmethod
     def _rows(self, split: Split) -> Rows:
-        """All rows of a split. Raises DataError if they cannot be read."""
+        """Yield all rows of a split. Raises DataError if they cannot be read."""
 
     def _read(self, row: Row, origin: str) -> Parts:
-        """Raises RowError."""
+        """Read a row. Raises RowError."""
         return Parts(prompt_of(row, self.config.prompt_column))
 
     def _problems(self, rows: Iterable[tuple[str, Row | BadRow]], what: str, id_prefix: str = "") -> Loaded:
-        """Raises DataError if too many rows of `what` are unusable."""
+        """Parse rows. Raises DataError if too many rows of `what` are unusable."""
         problems, bad = parse_rows(rows, self.config, self._read, id_prefix, gather=self.gather)
         self._refuse(what, problems, bad)
         return problems, bad
 
     def _head(self, split: Split) -> list[tuple[str, Row | BadRow]]:
-        """The first rows. Raises DataError like `_rows`."""
+        """Return the first rows. Raises DataError like `_rows`."""
         if split not in self._heads:
             self._heads[split] = list(islice(self._rows(split), CHECKED_ROWS))
         return self._heads[split]
 
     def _columns(self, split: Split) -> list[str] | None:
-        """Of the first rows together; None if only a download would tell. Raises DataError like `_rows`."""
+        """Return all columns of the first rows; None if that needs a download. Raises DataError like `_rows`."""
         rows = [row for _, row in self._head(split) if not isinstance(row, BadRow)]
         return list(dict.fromkeys(column for row in rows for column in row))
 
@@ -110,19 +110,19 @@ class TableSource(DataSource):
         return messages
 
     def preview(self, split: Split) -> Sequence[Problem]:
-        """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
+        """Return the first problems, or all if `check` has read the whole table. Raises DataError where `load` will."""
         named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
         whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
         rows = self._divide(self._judged) if whole and not self.asks_all else self._judged
         return rows.get(split, ([], []))[0]
 
     def note(self, what: str, origin: str) -> None:
-        """`what` is done with a row that is used."""
+        """Note what is done with a row that is used."""
         count, first = self._noted.get(what, (0, origin))
         self._noted[what] = count + 1, first
 
     def notes(self) -> list[str]:
-        """Of rows that `check` or `load` has read; unusable ones are in what `load` returns."""
+        """Return notes on rows that `check` or `load` has read; `load` returns all unusable ones."""
         skipped = [
             f"{len(bad)} of the first {len(self._head(split))} rows of {self._source(split)} are skipped:"
             + first_rows(bad)
@@ -150,7 +150,7 @@ class TableSource(DataSource):
         return self._loaded[split]
 
     def load_set(self) -> Loaded:
-        """All rows that `path` names."""
+        """Return all rows that `path` names."""
         return self._parse("train")
 
     def _load_both(self) -> dict[Split, Loaded]:
@@ -160,7 +160,7 @@ class TableSource(DataSource):
         return self._divide(rows)
 
     def _divide(self, rows: Mapping[Split, Loaded]) -> dict[Split, Loaded]:
-        """Training and held-out problems without a common question."""
+        """Separate training and held-out problems so that they share no question."""
         train, bad = rows["train"]
         if "heldout" not in rows:
             kept, heldout = self._split(train)
@@ -185,7 +185,7 @@ class TableSource(DataSource):
             refuse_too_many_bad_rows(bad, rows, share, what or "", columns)
 
     def _split(self, problems: Sequence[Problem]) -> tuple[Sequence[Problem], Sequence[Problem]]:
-        """By question: duplicates of a question land on one side, whatever the order of the file."""
+        """Split by question: duplicates of a question end up on one side, whatever the order of the file."""
         config: RowsConfig = self.config
         share = DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
         chosen = held_out(map(question_key, problems), share, config.heldout_seed)
@@ -198,10 +198,10 @@ class TableSource(DataSource):
 
 
 class FileConfig(ColumnsConfig):
-    """Files: JSON Lines (`.jsonl`, `.jsonl.gz`), a JSON list (`.json`), `.csv`, `.tsv`, `.parquet`."""
+    """Files in JSON Lines (`.jsonl`, `.jsonl.gz`), as a JSON list (`.json`), `.csv`, `.tsv` or `.parquet`."""
 
     path: str | tuple[str, ...]
-    """File with the training problems, a pattern (`data/*.jsonl`), or a list of them."""
+    """File with the training problems, a pattern (`data/*.jsonl`), or a list of these."""
     heldout_path: str | tuple[str, ...] | None = None
     """The same for the held-out problems; null: a share of `path` (`heldout_share`)."""
 
@@ -213,8 +213,8 @@ class FileConfig(ColumnsConfig):
 
 
 class FileSource(TableSource):
-    """`data=jsonl data.path=train.jsonl` (or data=csv, data=parquet: the file's name decides); GSM8K's own files need
-    no other key."""
+    """`data=jsonl data.path=train.jsonl` (or data=csv, data=parquet: the file name decides). GSM8K's own files need no
+    other key."""
 
     Config: ClassVar[type[DataConfig]] = FileConfig
 
@@ -236,7 +236,7 @@ class DataSetConfig(RowsConfig):
     path: str
     """Name on the hub, or a local folder or file."""
     subset: str | None = None
-    """Configuration of the data set (`main` of `openai/gsm8k`)."""
+    """Configuration of the data set (`main` for `openai/gsm8k`)."""
     revision: str | None = None
     """Branch, tag or commit on the hub; a commit makes runs repeatable."""
     split: str = "train"
@@ -273,7 +273,7 @@ class HfSource(TableSource):
         self._hub_columns: dict[Split, list[str] | None] = {}
 
     def _where(self, split: Split) -> tuple[str, str, str] | None:
-        """Key, path and split."""
+        """Return key, path and split."""
         config: DataSetConfig = self.config
         if split == "train":
             return "data.path", config.path, config.split

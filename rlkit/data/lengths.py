@@ -1,5 +1,5 @@
-"""Prompts and recorded responses that are too long, before anything heavy is loaded: the chat template and
-tokenizer.json alone, without transformers, on the longest texts only."""
+"""Finds prompts and recorded responses that are too long before anything heavy is loaded: with only the chat template
+and tokenizer.json, without transformers, among the longest texts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 MOST_TEXTS = 256
-"""That are tokenised, or one more than may be skipped."""
+"""Most texts that are tokenised, unless more than this many may be skipped."""
 MOST_CHARACTERS = 2**20
 LARGEST_TOKENIZER = 24 * 2**20
-"""Bytes of a tokenizer.json that is read in less than a second."""
+"""Most bytes of a tokenizer.json that takes less than a second to read."""
 
 
 def too_long_prompts(
@@ -32,8 +32,8 @@ def too_long_prompts(
     allowed: int,
     arguments: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, str]]:
-    """(tokens, origin) of prompts of more than `limit` tokens, from the longest texts on; enough to prove that they
-    are more than `allowed`, if they are.
+    """Return (tokens, origin) of prompts of more than `limit` tokens, longest texts first; if there are more than
+    `allowed`, enough of them to prove it.
 
     `chat_template`: path of a Jinja file; `arguments`: its further variables. Empty where nothing can be counted here
     (`uncountable`). Raises DataError if tokenizer.json cannot be read, and OSError or ValueError for other files.
@@ -48,8 +48,8 @@ def too_long_prompts(
 
 
 def too_long_responses(problems: Sequence[Problem], folder: Path, limit: int, allowed: int) -> list[tuple[int, str]]:
-    """(tokens, origin) of the longest recorded response of a row, as `too_long_prompts`; what
-    the template adds is not counted.
+    """Return (tokens, origin) of the longest recorded response of each row, as in `too_long_prompts`. Tokens that the
+    template adds are not counted.
 
     Raises DataError if tokenizer.json cannot be read.
     """
@@ -70,7 +70,7 @@ def _too_long(texts: Iterable[tuple[str, str]], folder: Path, limit: int, allowe
     characters = 0
     for text, origin in texts:
         characters += len(text)
-        if len(text.encode(errors="replace")) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
+        if len(text.encode(errors="replace")) <= limit or characters > MOST_CHARACTERS:  # a token has at least one byte
             break
         count = count or _counter(folder)
         tokens = count(text)
@@ -82,7 +82,7 @@ def _too_long(texts: Iterable[tuple[str, str]], folder: Path, limit: int, allowe
 
 
 def uncountable(folder: Path) -> str:
-    """Why tokens cannot be counted here; empty if they can."""
+    """Return why tokens cannot be counted here; empty if they can."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return "without a tokenizer.json"
@@ -109,12 +109,12 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _rendered(problems: Sequence[Problem], template: str, variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(text, origin) as transformers renders it; without the conversations that the template refuses."""
+    """Yield (text, origin) as transformers renders it, without conversations that the template refuses."""
     from jinja2 import TemplateError
 
     try:
         compiled = _compiled(template)
-    except TemplateError:  # reported by the start, or by the check of a template of the user's
+    except TemplateError:  # reported at the start, or by the check of a user's template
         return
     for problem in problems:
         messages = [{"role": message.role, "content": message.content} for message in problem.question]

@@ -36,7 +36,7 @@ class MixtureConfig(DataConfig):
 
     @property
     def bad_row_share(self) -> float:
-        """Each source is held to its own share; all together to the largest."""
+        """Each source must keep to its own share, and all together to the largest."""
         members = [_member(name, fields) for name, fields in self.sources.items()]
         return max(self.max_bad_row_share, *(member.config.max_bad_row_share for member in members))
 
@@ -58,7 +58,7 @@ class Member(NamedTuple):
 
 
 def _member(name: str, fields: Mapping[str, Any]) -> Member:
-    """Raises ValueError."""
+    """Parse one source of a mixture. Raises ValueError."""
     options = dict(fields)
     kind, weight = options.pop("kind", None), options.pop("weight", 1.0)
     if not _NAME.fullmatch(name):

@@ -1,4 +1,4 @@
-"""The order in which prompts are drawn: reshuffled in every epoch, without those retired, resumable at any position."""
+"""The order in which prompts are drawn: reshuffled every epoch, without retired prompts, resumable at any position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL_RETIRED = "the data are solved: the policy has answered every prompt as righ
 
 
 class PromptOrder:
-    """A seeded sequence of prompts, endless until all are retired; within an epoch each comes at most once."""
+    """A seeded sequence of prompts, endless until all are retired. In an epoch each prompt comes at most once."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
@@ -32,15 +32,15 @@ class PromptOrder:
 
     @property
     def left(self) -> int:
-        """Prompts that are not retired."""
+        """Number of prompts that are not retired."""
         return len(self._prompts) - len(self._retired)
 
     def retire(self, ids: Collection[str]) -> None:
-        """Never draw these of its prompts again."""
+        """Never draw these prompts again."""
         self._retired |= set(ids)
 
     def take(self, count: int) -> list[Prompt]:
-        """Raises DataSolvedError if all are retired."""
+        """Draw the next prompts. Raises DataSolvedError if all are retired."""
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
         prompts: list[Prompt] = []
@@ -75,7 +75,7 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError if the data are not those of the saved position."""
+        """Restore a position. Raises DataError if it was saved with other data."""
         count = state.get("prompts", "several sources of")
         if count != len(self._prompts) or state["fingerprint"] != self._fingerprint:
             raise DataError(
@@ -103,8 +103,8 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 class MixtureOrder:
-    """Prompts of several sources, each with its own order and epochs; any stretch has them in proportion to the
-    weights."""
+    """Prompts of several sources, each with its own order and epochs. In any stretch their numbers are in proportion to
+    the weights."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float]) -> None:
         """A prompt's id begins with `source/`. Raises DataError for a source without prompts."""
@@ -124,8 +124,8 @@ class MixtureOrder:
             order.retire([id for id in ids if id.partition("/")[0] == name])
 
     def take(self, count: int) -> list[Prompt]:
-        """A source whose prompts are all retired leaves its share to the others, by their weights. Raises
-        DataSolvedError if all are."""
+        """Draw the next prompts. A source whose prompts are all retired leaves its share to the others, by their
+        weights. Raises DataSolvedError if all prompts are retired."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Prompt:
@@ -133,7 +133,7 @@ class MixtureOrder:
         if not left:
             raise DataSolvedError(ALL_RETIRED)
         drawn = sum(self._taken[name] for name in left) + 1
-        # Exactly 1 while nothing is retired: rounding would change the order that a seed gives.
+        # Exactly 1 while nothing is retired: rounding would change a seed's order.
         total = 1 - sum(self._shares[name] for name in self._orders if name not in left)
         name = max(left, key=lambda name: self._shares[name] * drawn - self._taken[name] * total)
         self._taken[name] += 1
@@ -143,7 +143,7 @@ class MixtureOrder:
         return {id: prompt for order in self._orders.values() for id, prompt in order.named(ids).items()}
 
     def metrics(self) -> dict[str, float]:
-        """`data/epochs`: of the source that is passed over fastest."""
+        """`data/epochs` is that of the source with the most epochs."""
         own = {name: order.metrics() for name, order in self._orders.items()}
         epochs = {f"data/epochs/{name}": metrics["data/epochs"] for name, metrics in own.items()}
         retired = sum(metrics.get("data/retired", 0) for metrics in own.values())
@@ -154,7 +154,7 @@ class MixtureOrder:
         return {"sources": orders, "taken": dict(self._taken), "shares": self._shares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError if the data are not those of the saved position. Other weights count from now on."""
+        """Restore a position. Raises DataError if it was saved with other data. Changed weights apply from now on."""
         saved = state.get("sources", {})
         if saved.keys() != self._orders.keys():
             raise DataError(
@@ -168,5 +168,5 @@ class MixtureOrder:
 
 
 def order_of(prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float]) -> PromptOrder | MixtureOrder:
-    """`weights`: of a mixture's sources."""
+    """Return the order of the prompts. `weights`: those of a mixture's sources."""
     return MixtureOrder(prompts, seed, weights) if weights else PromptOrder(prompts, seed)

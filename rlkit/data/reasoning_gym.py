@@ -1,6 +1,6 @@
-"""`data=reasoning_gym`: the questions of a data set of reasoning-gym, drawn by a seed.
+"""`data=reasoning_gym`: the questions of a reasoning-gym data set, drawn with a seed.
 
-They are drawn in a process of their own, with fixed hashes and global random numbers, on which some data sets depend.
+They are drawn in a separate process with fixed hashes and global random numbers, on which some data sets depend.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rlkit.experience.extras import lacking
 from rlkit.experience.section import Seed
 
 COLUMN = "reasoning_gym"
-"""Of the problems: data set, its options, and the entry that the package judges by, as a Python literal. JSON would
-make other things of tuples and keys, and some data sets would score otherwise."""
+"""Column of the problems: data set, its options, and the entry that the package judges by, as a Python literal. JSON
+would change tuples and keys, and with them the scores of some data sets."""
 PREVIEWED: dict[Split, int] = {"train": 8, "heldout": 2}
 QUIET_SECONDS = 600
-"""Without a new question for so long, drawing is given up: options of some data sets can never be met."""
+"""Drawing is given up after this long without a new question: some data sets' options cannot be satisfied."""
 _HELDOUT_BUCKETS = 8
 _CHUNK = 256
 _FRUITLESS_CHUNKS = 4
@@ -37,21 +37,21 @@ _FRUITLESS_CHUNKS = 4
 
 class ReasoningGymConfig(DataConfig):
     name: str
-    """Data set of reasoning-gym: chain_sum, countdown, zebra_puzzles, ..."""
+    """A reasoning-gym data set: chain_sum, countdown, zebra_puzzles, ..."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the data set, as `reasoning_gym.create_dataset` takes them: {min_terms:2,max_terms:4}."""
+    """Options of the data set, as `reasoning_gym.create_dataset` takes them: {min_terms:2,max_terms:4}."""
     train_problems: int = Field(default=2048, ge=1)
-    """Different questions to train on. Some data sets take a second or more for each."""
+    """Number of distinct training questions. Some data sets take a second or more for each."""
     heldout_problems: int = Field(default=256, ge=1)
-    """Questions that are only evaluated on; none is trained on."""
+    """Number of questions used only for evaluation, none of them for training."""
     problem_seed: Seed = 2026
-    """Draws the questions. Not the run's `seed`: all runs agree on the held-out ones."""
+    """Seed for drawing the questions. Separate from the run's `seed`, so that all runs share the held-out ones."""
     instructions: str = "Give the final answer alone between <answer> and </answer>."
-    """Stands behind every question; see reward.answer_in. Empty: nothing."""
+    """Appended to every question; see reward.answer_in. Empty: nothing."""
 
 
 class ReasoningGymSource(DataSource):
-    """Questions of a data set of reasoning-gym, for `reward=reasoning_gym` or `environment=reasoning_gym`."""
+    """Questions of a reasoning-gym data set, for `reward=reasoning_gym` or `environment=reasoning_gym`."""
 
     Config = ReasoningGymConfig
 
@@ -94,12 +94,12 @@ class ReasoningGymSource(DataSource):
         return problems
 
     def _drawn(self, counts: Mapping[Split, int]) -> dict[Split, list[Problem]]:
-        """Raises DataError."""
+        """Draw the questions of each split. Raises DataError."""
         config = self.config
         asked = {"name": config.name, "options": config.options, "seed": config.problem_seed, "counts": counts}
         asked["seconds"] = QUIET_SECONDS
         paths = os.pathsep.join(map(os.path.abspath, sys.path))
-        with tempfile.TemporaryDirectory() as folder:  # some data sets write files where they are
+        with tempfile.TemporaryDirectory() as folder:  # some data sets write files to the working directory
             done = subprocess.run(
                 [sys.executable, "-c", f"from {__name__} import main; main()"],
                 input=json.dumps(asked),
@@ -117,7 +117,7 @@ class ReasoningGymSource(DataSource):
             last = next(iter(done.stderr.strip().splitlines()[-1:]), "it ended without a word")
             raise DataError(f"data.name={config.name}: reasoning-gym cannot draw its questions: {last}")
         problems: dict[Split, list[Problem]] = {split: [] for split in counts}
-        for line in done.stdout.splitlines():  # a literal has no other line ends
+        for line in done.stdout.splitlines():  # a literal contains no line ends
             split, entry = ast.literal_eval(line)
             problems[split].append(self._problem(entry))
         return problems
@@ -139,7 +139,7 @@ class ReasoningGymSource(DataSource):
 
 
 def main() -> None:
-    """Prints `(split, entry)`, a line each."""
+    """Print `(split, entry)`, one per line."""
     asked = json.load(sys.stdin)
     signal.alarm(asked["seconds"])  # which ends the process
     lines, sys.stdout = sys.stdout, sys.stderr  # some data sets print
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def _chunks(name: str, options: Mapping[str, Any], seed: int) -> Iterator[Any]:
-    """An entry depends on seed + index."""
+    """Yield chunks of the data set. An entry depends on seed + index."""
     import random
 
     import numpy as np
@@ -180,7 +180,7 @@ def _chunks(name: str, options: Mapping[str, Any], seed: int) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same in what `ast.literal_eval` reads."""
+    """Convert a value to types that `ast.literal_eval` reads."""
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -22,16 +22,16 @@ CHATS = ("messages", "conversations", "conversation")
 
 
 class RecordedConfig(DataSetConfig):
-    """JSON Lines, JSON, CSV or Parquet files, and what `datasets` loads, by `path`."""
+    """JSON Lines, JSON, CSV or Parquet files, or anything that `datasets` loads, named by `path`."""
 
     prompt_column: str | None = None
-    """The prompt: a text or a list of chat messages. null: `prompt` or `question`; a row without it has whole
-    conversations as responses."""
+    """The prompt: a text or a list of chat messages. null: `prompt` or `question`. In a row without it, the responses
+    are whole conversations."""
     weight_column: str | None = None
-    """What a row counts in the loss (a number, 0 or more); null: 1."""
+    """A row's weight in the loss (a number, 0 or more); null: 1."""
 
     numbers: ClassVar[tuple[str, ...]] = ("weight_column",)
-    """Keys of columns with numbers."""
+    """Keys that name columns with numbers."""
     usual: ClassVar[tuple[str, ...]] = PROMPTS
     """Names of columns that need no key."""
 
@@ -48,7 +48,7 @@ class RecordedConfig(DataSetConfig):
 
 
 class RecordedSource(HfSource):
-    """Its problems have responses."""
+    """A source whose problems have responses."""
 
     def provides(self) -> frozenset[str]:
         return super().provides() | {"responses"}
@@ -58,14 +58,14 @@ class PairsConfig(RecordedConfig):
     numbers: ClassVar[tuple[str, ...]] = ("weight_column", "probability_column", "margin_column")
 
     chosen_column: str = "chosen"
-    """The preferred response: a text, a message or a list of them. Without a prompt, and where a list begins with
-    another role than the assistant's, it is a whole conversation."""
+    """The preferred response: a text, a message or a list of messages. It is a whole conversation if the row has no
+    prompt or if the list begins with a role other than the assistant's."""
     rejected_column: str = "rejected"
-    """The other response; a whole conversation has the same beginning as the chosen one."""
+    """The other response; a whole conversation must begin like the chosen one."""
     probability_column: str | None = None
     """The probability that chosen is preferred (0 to 1: a soft label); null: 1."""
     margin_column: str | None = None
-    """By how much chosen is better (a number); null: nothing is known."""
+    """By how much chosen is better (a number); null: unknown."""
 
 
 class PairsSource(RecordedSource):
@@ -107,14 +107,14 @@ class ResponsesConfig(RecordedConfig):
 
     response_column: str | None = None
     """The response (a text or chat messages) or a list of responses; null: `response`, `completion`, `solution`,
-    `responses` or `completions`. In rows without it: the key of the response in columns that are objects, one for each
-    response."""
+    `responses` or `completions`. In rows without such a column: the key of the response in columns that are objects,
+    one per response."""
     label_column: str | None = None
-    """The response's label (true, false or a number from 0 to 1), or a list of them; in objects their key. null:
-    `label`, `is_correct`, `labels` or `correctness`, where rows have it."""
+    """The response's label (true, false or a number from 0 to 1), or a list of labels; in objects, the label's key.
+    null: `label`, `is_correct`, `labels` or `correctness`, if rows have it."""
     score_column: str | None = None
-    """A score (any number) in place of a label. null: `score`, `reward`, `scores` or `rewards`, where rows have it and
-    no label."""
+    """A score (any number) instead of a label. null: `score`, `reward`, `scores` or `rewards`, if rows have it and no
+    label."""
 
     @model_validator(mode="after")
     def _label_or_score(self) -> ResponsesConfig:
@@ -123,7 +123,7 @@ class ResponsesConfig(RecordedConfig):
         return self
 
     def named_columns(self) -> dict[str, str]:
-        named = super().named_columns()  # rows may have these inside of objects
+        named = super().named_columns()  # rows may have these inside objects
         return {k: v for k, v in named.items() if k not in ("response_column", "label_column", "score_column")}
 
     def text_columns(self) -> frozenset[str]:
@@ -135,7 +135,7 @@ class ResponsesConfig(RecordedConfig):
 
 
 class ResponsesSource(RecordedSource):
-    """`data=responses data.path=responses.jsonl`: responses with labels or scores; rows of one prompt are one
+    """`data=responses data.path=responses.jsonl`: responses with labels or scores; rows with the same prompt form one
     problem."""
 
     Config: ClassVar[type[DataConfig]] = ResponsesConfig
@@ -153,9 +153,9 @@ class ResponsesSource(RecordedSource):
         return super().provides() | labels
 
     def _layout(self) -> tuple[str, str | None, bool]:
-        """Names of responses and labels, and whether these are in objects: by the first rows.
+        """Return the names of responses and labels, and whether they are in objects, judging by the first rows.
 
-        Raises RowError if none has a response, or DataError.
+        Raises RowError if no row has a response, or DataError.
         """
         if self._names is None:
             config: ResponsesConfig = self.config
@@ -189,8 +189,8 @@ class ResponsesSource(RecordedSource):
 
 
 def labelled(row: Row, response: str, name: str | None, inside: bool) -> Iterator[tuple[Any, Any, str]]:
-    """(response, label, where) of a row: one, a list of them with a list of labels, or (`inside`) columns that are
-    objects with both. Raises RowError."""
+    """Yield (response, label, where) of a row: a single one, lists of responses and labels, or (`inside`) columns that
+    are objects with both. Raises RowError."""
     if inside:
         objects = {column: v for column, v in row.items() if isinstance(v, Mapping) and v.get(response) is not None}
         if not objects:
@@ -219,16 +219,16 @@ class ChatConfig(RecordedConfig):
 
     messages_column: str | None = None
     """The conversation: a list of `{"role": ..., "content": ...}` or of ShareGPT's `{"from": ..., "value": ...}`. null:
-    `messages`, `conversations` or `conversation`; else the row has a prompt and a response."""
+    `messages`, `conversations` or `conversation`; without these, the row has a prompt and a response."""
     response_column: str | None = None
-    """With a prompt: the response. null: `response`, `completion` or `solution`."""
+    """The response in a row with a prompt. null: `response`, `completion` or `solution`."""
     train_on: Literal["all", "last"] = "all"
-    """The assistant's messages in the loss. A message's own key `train` (true or false) or `weight` (1 or 0) decides
-    for its conversation."""
+    """Which of the assistant's messages are in the loss. If a message has its own key `train` (true or false) or
+    `weight` (1 or 0), these keys decide for its conversation."""
 
 
 class ChatSource(RecordedSource):
-    """`data=chat data.path=chats.jsonl`: conversations to be imitated."""
+    """`data=chat data.path=chats.jsonl`: conversations to imitate."""
 
     Config: ClassVar[type[DataConfig]] = ChatConfig
 
@@ -256,7 +256,7 @@ class ChatSource(RecordedSource):
         return Parts(messages[:first], (answer,))
 
     def _messages(self, row: Row) -> tuple[Chat, Sequence[bool | None]]:
-        """And each one's own mask."""
+        """Return the messages and the mask that each one sets itself."""
         config: ChatConfig = self.config
         name = config.messages_column or _first(row, CHATS)
         if name is not None:
@@ -297,13 +297,13 @@ def _own_mask(item: Mapping[str, Any], what: str) -> bool | None:
 
 
 def _prompt(row: Row, config: RecordedConfig) -> Chat:
-    """Empty: the row has none."""
+    """Return the row's prompt; empty if it has none."""
     name = config.prompt_column or _first(row, PROMPTS)
     return () if name is None else prompt_of(row, name)
 
 
 def _conversation(prompt: Chat, value: Any, what: str) -> Chat:
-    """The prompt with a response, which may repeat the prompt."""
+    """Return the prompt followed by a response, which may repeat the prompt."""
     messages = turns(value, what)
     if messages[0].role == "assistant":
         if not prompt:
@@ -350,7 +350,7 @@ def _weight(row: Row, config: RecordedConfig) -> float:
 
 
 def split_off_the_scale(problems: Sequence[Problem]) -> tuple[list[Problem], list[BadRow]]:
-    """The problems whose responses have labels from 0 (bad) to 1 (good), and the rows of the others."""
+    """Return the problems whose responses have labels from 0 (bad) to 1 (good), and the rows of the others."""
     good: list[Problem] = []
     bad: list[BadRow] = []
     for problem in problems:

@@ -1,4 +1,4 @@
-"""From problems to prompts: the chat template, applied and tokenised exactly once."""
+"""From problems to prompts: the chat template is applied and tokenised exactly once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 CHUNK = 512
 _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 _CUT = "\ufdd0"
-"""In a rendered text: tokens end here. A noncharacter, which Unicode keeps for such uses."""
+"""Marks token boundaries in a rendered text. A noncharacter, which Unicode reserves for internal use."""
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises DataError if none loads.
+    """Load a model's tokenizer. Raises DataError if that fails.
 
-    Warns where transformers replaces the saved tokenizer by a class that splits text differently.
+    Warns if transformers replaces the saved tokenizer by a class that splits text differently.
     """
     from transformers import AutoTokenizer
 
@@ -53,7 +53,8 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 class ChatTemplate:
     """A model's chat template, or that of a Jinja file. Raises DataError if there is none.
 
-    What others than the assistant say cannot forge a role or an end: the text of a special token is not one there.
+    Only the assistant's messages can contain special tokens. In those of others their text is tokenised as plain text,
+    so that it cannot forge a role or an end.
     """
 
     def __init__(
@@ -62,20 +63,19 @@ class ChatTemplate:
         path: str | Path | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """`arguments`: its variables, besides those that every template has."""
+        """`arguments`: variables in addition to those that every template has."""
         self.tokenizer, self.arguments = tokenizer, arguments or {}
         self.shared: dict[int, int] = {}
-        """One object per token of the vocabulary, not per token of the data: a quarter of the memory."""
+        """One int object per token of the vocabulary, not per token of the data: a quarter of the memory."""
         self._text = _read_template(path, tokenizer)
         self._arguments_as_text = False
 
     def texts(
         self, chats: Sequence[Sequence[Message]], *, ask: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[str | BadRow]:
-        """The conversations as texts, or why the template refuses one (a row without an origin).
+        """Render conversations as texts; where the template refuses one, give the reason (a row without an origin).
 
-        `ask`: they end where the assistant answers; `tools`: schemas. Raises DataError if the template is no valid
-        Jinja.
+        `ask`: end where the assistant answers; `tools`: schemas. Raises DataError if the template is not valid Jinja.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -105,7 +105,7 @@ class ChatTemplate:
             self._arguments_as_text = True  # some templates take the arguments of calls as JSON texts
             return self.texts(chats, ask=ask, tools=tools)
         except TemplateError:
-            texts: list[str | BadRow] = []  # some conversation was refused: find out which
+            texts: list[str | BadRow] = []  # a conversation was refused: find out which
             for chat in chats:
                 try:
                     texts += text([chat])
@@ -114,7 +114,7 @@ class ChatTemplate:
             return texts
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of pieces of rendered text, each apart."""
+        """Return the token ids of pieces of rendered text, each tokenised separately."""
         if not texts:
             return []
         pieces = [text.split(_CUT) for text in texts]
@@ -127,7 +127,7 @@ class ChatTemplate:
         return [[token for _ in of_text for token in next(rest)] for of_text in pieces]
 
     def guarded(self, text: str) -> str:
-        """Cut where it has the text of a token with which the template frames messages, or of a special one."""
+        """Insert a cut into every special token, or token that frames messages, which the text spells out."""
         while (cut := self._frame.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)) != text:
             text = cut
         return text
@@ -140,7 +140,7 @@ class ChatTemplate:
         return [self._guarded(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _fields(self, message: Message) -> dict[str, Any]:
-        """As transformers hands messages to templates."""
+        """Return the message in the form in which transformers passes it to templates."""
         fields: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.name:
             fields["name"] = message.name
@@ -172,7 +172,7 @@ class ChatTemplate:
 
     @cached_property
     def _frame(self) -> re.Pattern[str]:
-        # Of some models the tokens that begin a message are not marked as special.
+        # In some models the tokens that begin a message are not marked as special.
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         names = self.specials | {name for name in added if name in self._between_messages}
         longest_first = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
@@ -180,7 +180,7 @@ class ChatTemplate:
 
     @cached_property
     def _between_messages(self) -> str:
-        """What the template itself writes in a conversation; nothing where it refuses the one tried."""
+        """Return the text that the template adds to a conversation; empty if it refuses the test conversation."""
         from jinja2 import TemplateError
 
         chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user", "assistant", "user")]
@@ -199,7 +199,7 @@ class Asked(NamedTuple):
 
 
 def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) -> tuple[list[Asked], list[BadRow]]:
-    """Prompts with the sampler's token ids, and the problems that cannot be rendered.
+    """Return prompts with the sampler's token ids, and the problems that cannot be rendered.
 
     Bad rows: prompts longer than `max_tokens`, or refused by the template. Raises DataError for two BOS tokens.
     """
@@ -241,7 +241,7 @@ def render(
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Sequence[Prompt], list[BadRow]]:
-    """Prompts, and the problems that cannot be rendered, as `ask`; `chat_template`: path of a Jinja file.
+    """Return prompts and the problems that cannot be rendered, as `ask` does; `chat_template`: path of a Jinja file.
 
     Raises DataError without a template, or for two BOS tokens.
     """
@@ -258,7 +258,7 @@ def render(
 
 
 def chunks(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
-    """What is rendered and tokenised at once."""
+    """Yield the chunks that are rendered and tokenised together."""
     return (problems[start : start + CHUNK] for start in range(0, len(problems), CHUNK))
 
 
@@ -267,9 +267,9 @@ def renderer(
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Callable[[Sequence[Message] | str], tuple[int, ...]]:
-    """Renders one prompt that is no problem of the data, or a plain text.
+    """Return a function that renders one prompt that is not in the data, or a plain text.
 
-    It raises DataError where the template refuses a prompt.
+    It raises DataError if the template refuses a prompt.
     """
     template = ChatTemplate(tokenizer, chat_template, template_arguments)
 

@@ -1,4 +1,4 @@
-"""From a row of a user's table to a Problem: what columns mean, and what makes a row unusable."""
+"""From a row of the user's table to a Problem: what columns mean, and what makes a row unusable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlkit.experience import Message, PreferencePair
 from rlkit.experience.types import BoolArray
 
 ANSWER_MARKER = "####"
-"""In GSM8K the final answer follows this, after the worked solution."""
+"""In GSM8K this precedes the final answer, after the worked solution."""
 
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _ROWS_SHOWN = 5
@@ -31,23 +31,24 @@ IntArray = NDArray[np.int64]
 
 
 class RowsConfig(DataConfig):
-    """Of every source with rows."""
+    """Options of every source with rows."""
 
     answer_column: str | None = None
-    """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
+    """The gold answer: a text or a number; of `... #### 72` only `72` is used. null: there is none."""
     reference_columns: tuple[str, ...] = ()
-    """Columns with reference answers (a text or a list of texts each). Empty: the whole text of the answer column. A
-    column inside another is named with a dot, as everywhere: `reward_model.ground_truth`."""
+    """Columns with reference answers (each a text or a list of texts). Empty: the whole text of the answer column. As
+    everywhere, a column inside another is named with a dot: `reward_model.ground_truth`."""
     strip_annotations: bool = True
     """Remove GSM8K's calculator annotations (`<<48/2=24>>`) from references and answers."""
     system_prompt: str | None = None
-    """System message for every prompt that has none."""
+    """System message for every prompt without one."""
     id_column: str | None = None
-    """Column with a unique name of each problem (text or whole number). null: file name and row number."""
+    """Column with a unique id of each problem (a text or an integer). null: file name and row number."""
     heldout_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the problems held out if no held-out data are named; null then means 0.05."""
+    """Share of the problems to hold out if no held-out data are named; null then means 0.05."""
     heldout_seed: int = Field(default=0, ge=0)
-    """Chooses the held-out problems; not the run's seed, so runs with several seeds are judged alike."""
+    """Seed for choosing the held-out problems. Separate from the run's `seed`, so that runs with different seeds are
+    judged on the same problems."""
 
     @field_validator("reference_columns", mode="before")
     @classmethod
@@ -55,17 +56,17 @@ class RowsConfig(DataConfig):
         return (value,) if isinstance(value, str) else value
 
     def named_columns(self) -> dict[str, str]:
-        """Key -> column that the rows must have."""
+        """Return key -> column that the rows must have."""
         named = {"answer_column": self.answer_column, "id_column": self.id_column}
         named |= {f"reference_columns[{i}]": column for i, column in enumerate(self.reference_columns)}
         return {key: column for key, column in named.items() if column is not None}
 
     def text_columns(self) -> frozenset[str]:
-        """Columns that CSV files hold as texts, whatever they look like."""
+        """Return the columns of CSV files that are read as texts, whatever they look like."""
         return frozenset(self.named_columns().values())
 
     def used_columns(self) -> frozenset[str]:
-        """Columns that do not travel with the prompt."""
+        """Return the columns that are not passed on with the prompt."""
         return self.text_columns()
 
 
@@ -73,14 +74,14 @@ class ColumnsConfig(RowsConfig):
     prompt_column: str = "question"
     """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
     answer_column: str | None = "answer"
-    """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
+    """The gold answer: a text or a number; of `... #### 72` only `72` is used. null: there is none."""
 
     def named_columns(self) -> dict[str, str]:
         return {"prompt_column": self.prompt_column} | super().named_columns()
 
 
 class Parts(NamedTuple):
-    """What a kind of rows makes of one: its prompt, and what the row records."""
+    """What is read from a row: its prompt, and what the row records."""
 
     messages: Chat
     responses: tuple[Response, ...] = ()
@@ -88,11 +89,11 @@ class Parts(NamedTuple):
 
 
 def missing_columns(config: RowsConfig, present: Iterable[str], where: str) -> list[str]:
-    """A message for each configured column that `where` lacks, with the nearest name and the remedy."""
+    """Return a message for each configured column that `where` lacks, with the nearest name and the remedy."""
     columns = list(present)
     messages = []
     for key, column in config.named_columns().items():
-        if column in columns or column.partition(".")[0] in columns:  # what is inside is judged row by row
+        if column in columns or column.partition(".")[0] in columns:  # columns inside it are checked row by row
             continue
         near = difflib.get_close_matches(column, columns, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -112,10 +113,10 @@ def parse_rows(
     *,
     gather: bool = False,
 ) -> tuple[Sequence[Problem], list[BadRow]]:
-    """Problems in the order of the rows, and unusable rows, of `(origin, row)` pairs; `read(row, origin)` raises
-    RowError.
+    """Parse `(origin, row)` pairs; return problems in the order of the rows, and unusable rows. `read(row, origin)`
+    raises RowError.
 
-    `gather`: rows with the same prompt are one problem.
+    `gather`: rows with the same prompt form one problem.
     """
     used, by_prompt = config.used_columns(), gather and config.id_column is None
     bad: list[BadRow] = []
@@ -139,7 +140,7 @@ def parse_rows(
     key, marked = np.frombuffer(keys, f"S{DIGEST_BYTES}"), np.frombuffer(marks, np.bool_)
     kept = np.arange(len(problems))
     if 2 * marked.sum() > len(marked):
-        # Where most answers carry the marker, one without is a cut-off solution and not an answer.
+        # If most answers have the marker, one without is a cut-off solution and not an answer.
         reason = f"{config.answer_column} has no {ANSWER_MARKER} with the final answer, as other rows have"
         bad += [BadRow(problem.origin, reason) for problem in picked(problems, kept[~marked])]
         kept = kept[marked]
@@ -159,7 +160,7 @@ def parse_rows(
 
 
 def _gathered(problems: Sequence[Problem], rows: IntArray, leader: IntArray) -> Sequence[Problem]:
-    """One problem of the `rows` that have the same `leader`."""
+    """Merge the `rows` that have the same `leader` into one problem."""
     order = np.argsort(leader, kind="stable")
     starts = np.flatnonzero(np.diff(leader[order], prepend=-1))
     if len(starts) == len(rows):
@@ -169,7 +170,7 @@ def _gathered(problems: Sequence[Problem], rows: IntArray, leader: IntArray) -> 
 
 
 def _together(problems: Sequence[Problem]) -> Problem:
-    """Columns with different values for one prompt belong to its responses, and are left out."""
+    """Merge problems with the same prompt. Columns whose values differ belong to the responses and are left out."""
     first, *others = problems
     if not others:
         return first
@@ -180,7 +181,7 @@ def _together(problems: Sequence[Problem]) -> Problem:
 def refuse_too_many_bad_rows(
     bad: Sequence[BadRow], rows: int, max_share: float, what: str, columns: Mapping[str, str] | None = None
 ) -> None:
-    """Raise DataError if more than `max_share` of `rows` are bad, or all are; shows the first few and the remedy.
+    """Raise DataError if more than `max_share` of `rows`, or all, are bad; it shows the first few and the remedy.
 
     `columns`: key -> the column that it names.
     """
@@ -218,7 +219,7 @@ def _remedy(bad: Sequence[BadRow], rows: int, columns: Mapping[str, str]) -> str
 
 
 def question_key(problem: Problem) -> str:
-    """Equal for problems that ask the same: ignores white space, case and the system message."""
+    """Return a key that is equal for problems with the same question: ignores white space, case, system message."""
     return "\n".join(" ".join(m.content.split()).casefold() for m in problem.question if m.role != "system")
 
 
@@ -227,8 +228,8 @@ def digest(key: str) -> bytes:
 
 
 def held_out(keys: Iterable[str], share: float, seed: int) -> BoolArray | None:
-    """[keys] whether a key is one of `share` of the different ones, at least one and not all: by a hash that does not
-    depend on their order. None: all are the same."""
+    """Return [keys] whether a key is held out: `share` of the distinct keys, at least one and not all, chosen by a hash
+    that does not depend on their order. None: all keys are the same."""
     hashed = np.fromiter((digest(f"{seed}\n{key}") for key in keys), f"S{DIGEST_BYTES}")
     different = np.unique(hashed)
     if len(different) < 2:
@@ -282,7 +283,7 @@ def _answer_text(row: Row, config: RowsConfig) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise RowError(f"{config.answer_column} is {value}")
-        # A number column with gaps is read as floats: 72.0 was 72 in the file.
+        # A column of numbers with gaps is read as floats: 72.0 was 72 in the file.
         return str(int(value)) if float(value).is_integer() else str(value)
     return _clean(text(value, config.answer_column), config).strip()
 

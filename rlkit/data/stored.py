@@ -1,4 +1,4 @@
-"""Data that need not fit into memory: a long sequence lies in a temporary file."""
+"""Data that need not fit into memory: long sequences are kept in a temporary file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rlkit.data.base import DataError
 T = TypeVar("T")
 
 IN_MEMORY_BYTES = 2**28
-"""Pickled; more of one kind goes to the file."""
+"""Pickled size above which a sequence goes to a file."""
 FOLDER = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
-"""/tmp is often memory; /var/tmp is for large files. Read here, because Ray, which starts beside reading, gets its own
-TMPDIR by this process's environment."""
+"""/tmp is often in memory; /var/tmp is for large files. Read at import, because Ray, which starts while data are read,
+gets a TMPDIR of its own through this process's environment."""
 _SAMPLED = 64
-"""One item of so many is pickled to know their size."""
+"""One in this many items is pickled to estimate their size."""
 
 
 class Filed(Sequence[T]):
-    """Items of a file without a name, which is gone with the process. Reading needs no lock."""
+    """Items in an unnamed file, which disappears with the process. Reading needs no lock."""
 
     def __init__(self, file: IO[bytes], ends: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
         self._file, self._ends, self._sizes = file, ends, sizes
@@ -52,7 +52,7 @@ class Filed(Sequence[T]):
 
 
 def stored(items: Iterable[T]) -> Sequence[T]:
-    """A list, or, of more than IN_MEMORY_BYTES, a `Filed`. Raises DataError if its disk is full."""
+    """Return a list, or a `Filed` if it is larger than IN_MEMORY_BYTES. Raises DataError if the disk is full."""
     source, kept, size = iter(items), list[T](), 0
     for item in source:
         if len(kept) % _SAMPLED == 0:

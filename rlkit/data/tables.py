@@ -1,6 +1,6 @@
-"""Rows of tables: local files (JSON Lines, JSON, CSV, Parquet) by what their names say, and what `datasets` loads.
+"""Rows of tables: local files (JSON Lines, JSON, CSV, Parquet) by their names, and whatever `datasets` loads.
 
-Light for files: `datasets` is imported for folders and for names on the hub only.
+Light for files: `datasets` is imported only for folders and for names on the hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlkit.experience.extras import lacking
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | BadRow]]
-"""`(origin, row)`: the origin is `file.jsonl:12`, by line for JSON Lines and by row otherwise."""
+"""`(origin, row)`: the origin is `file.jsonl:12`, counting lines for JSON Lines and rows otherwise."""
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,7 +33,7 @@ _REACH_SECONDS = 4.0
 
 
 def local_files(paths: str | Sequence[str], key: str) -> list[Path]:
-    """The files that names and patterns (`*.jsonl`) stand for, patterns in alphabetical order. Raises DataError."""
+    """Return the files that match names and patterns (`*.jsonl`), those of a pattern sorted. Raises DataError."""
     files: list[Path] = []
     for name in [paths] if isinstance(paths, str) else paths:
         path = Path(name).expanduser()
@@ -55,7 +55,7 @@ def local_files(paths: str | Sequence[str], key: str) -> list[Path]:
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` can only be meant as a file here, not as a folder or a name on the hub."""
+    """Whether `path` can only mean a local file, not a folder or a name on the hub."""
     local = Path(path).expanduser()
     if local.exists():
         return local.is_file()
@@ -63,7 +63,7 @@ def is_local(path: str) -> bool:
 
 
 def file_rows(path: Path, key: str, text_columns: Collection[str] = ()) -> Rows:
-    """All rows of one file. `text_columns` are read as texts whatever they look like (CSV). Raises DataError."""
+    """Yield all rows of one file. `text_columns` (CSV) are read as texts whatever they look like. Raises DataError."""
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".json": _json_rows}
     try:
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ def file_rows(path: Path, key: str, text_columns: Collection[str] = ()) -> Rows:
 
 
 def table_rows(path: str, key: str, split: str, subset: str | None = None) -> Rows:
-    """Rows of local files, or of a `split` that `datasets` loads. Raises DataError."""
+    """Yield the rows of local files, or of a `split` that `datasets` loads. Raises DataError."""
     if is_local(path):
         for file in local_files(path, key):
             yield from file_rows(file, key)
@@ -152,7 +152,7 @@ def _kind(value: Any) -> str:
 
 
 def _json_rows(path: Path, key: str, _: Collection[str]) -> Rows:
-    """One list of objects, or JSON Lines by another name."""
+    """Yield the rows of a list of objects, or of JSON Lines in a file named .json."""
     try:
         items = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -201,7 +201,7 @@ def _csv_rows(path: Path, key: str, text_columns: Collection[str]) -> Rows:
 
 
 def _delimiter(path: Path) -> str:
-    """Of the header: a tab for .tsv, else the comma unless another one alone is in it."""
+    """Return the delimiter: a tab for .tsv, else the comma unless the header has only another one."""
     if path.suffix == ".tsv":
         return "\t"
     with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -233,19 +233,19 @@ def _numbered(path: Path, batches: Any) -> Rows:
 def data_set_rows(
     path: str, key: str, split: str, subset: str | None = None, revision: str | None = None, *, head: bool = False
 ) -> Rows:
-    """Rows of a folder, or of a data set of the hub. `head`: rows are read as they are asked for. Raises DataError."""
+    """Yield the rows of a folder or of a data set on the hub. `head`: read rows only as needed. Raises DataError."""
     origin = f"{Path(path).name if Path(path).expanduser().exists() else path}[{split}]"
     for number, row in enumerate(_data_set(path, key, split, subset, revision, head), start=1):
         yield f"{origin}:{number}", row
 
 
 def hub_columns(path: str, key: str, subset: str | None, revision: str | None) -> list[str] | None:
-    """Column names without a download of the rows; None if only that would tell. Raises DataError."""
+    """Return the column names without downloading rows; None if that is impossible. Raises DataError."""
     datasets = _datasets(path, key)
     _reach_hub(path, key)
     try:
         info = datasets.load_dataset_builder(path, subset, revision=revision).info
-    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
+    except Exception as error:  # `datasets` raises whatever its readers raise; the user needs path and cause
         if _offline():
             raise DataError(f"{key}={path} is not in the cache, and HF_HUB_OFFLINE is set. {_fetch(path)}.") from error
         raise DataError(f"{key}={path} cannot be loaded: {_one_line(error)}") from error
@@ -287,11 +287,12 @@ def _datasets(path: str, key: str) -> Any:
 
 
 def _reach_hub(path: str, key: str) -> None:
-    """Without a network `datasets` would retry for a minute. What its cache holds loads offline (HF_HUB_OFFLINE=1)."""
+    """Check that the hub can be reached; otherwise `datasets` retries for a minute. With HF_HUB_OFFLINE=1 it loads from
+    its cache."""
     if _offline():
         return
     if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return  # a connection of our own would go past the proxy
+        return  # our own connection would bypass the proxy
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=_REACH_SECONDS).close()

@@ -1,1 +1,1 @@
-"""What watches a run: diagnostics look at every finished step, warn, and may end the run."""
+"""Diagnostics watch a run: they look at every finished step, warn, and may end the run."""

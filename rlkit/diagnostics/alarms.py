@@ -1,4 +1,4 @@
-"""Alarms that read the step's metrics alone."""
+"""Alarms that read only the step's metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlkit.diagnostics.base import Diagnostic, DiagnosticConfig, Findings, StepR
 
 
 class NoSignal(Diagnostic):
-    """Warns while no step of the run had anything to teach: in no group did any sample differ in reward."""
+    """Warns if no step of the run had anything to teach, because rewards did not differ within any group."""
 
     STEPS = 5
 
@@ -55,8 +55,9 @@ class NoSignal(Diagnostic):
 class Hacking(Diagnostic):
     """Warns when a learnt signal rises while verified accuracy falls.
 
-    Compares the means of the last n steps (`trainer.hacking_alarm_steps`) with those of the n before: the reward or the
-    process reward model's accuracy up by more than `RISE`, the share of right answers down by more than `FALL`.
+    Compares the means of the last n steps (`trainer.hacking_alarm_steps`) with those of the n before. It warns if the
+    reward or the process reward model's accuracy rose by more than `RISE` and the share of right answers fell by more
+    than `FALL`.
     """
 
     RISE, FALL = 0.01, 0.02

@@ -1,4 +1,4 @@
-"""The contract of a diagnostic: it looks at every finished step and may warn, or end the run."""
+"""The contract of a diagnostic, which looks at every finished step and may warn or end the run."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 
 
 MEASURED = "diagnostics/"
-"""Begins the names of the learner's sums for diagnostics: `diagnostics/NAME/SUM`."""
+"""Prefix of the learner's sums for diagnostics: `diagnostics/NAME/SUM`."""
 
 
 class DiagnosticConfig(Named):
-    """Fields of every diagnostic; one nests a subclass as `Config`."""
+    """Fields of every diagnostic. A diagnostic nests a subclass as `Config`."""
 
     alarm: Literal["warn", "stop"] = "warn"
-    """What a warning of this diagnostic does: it is shown, or it ends the run (whose last step is saved)."""
+    """What a warning of this diagnostic does. warn: it is shown; stop: it ends the run, whose last step is saved."""
 
     @property
     def name(self) -> str:
-        """Of its table, and of its state in checkpoints."""
+        """Name of its table, and of its state in checkpoints."""
         return self.kind.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step; step 0 is before training, with probes alone."""
+    """A finished step. Step 0 is before training and has only probes."""
 
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     groups: Sequence[Group] = ()
-    """Trained on, with the run's scores."""
+    """Groups trained on, with the run's scores."""
     rejected: Sequence[Group] = ()
-    """Scored, but rejected by a filter."""
+    """Groups that were scored but rejected by a filter."""
     judged: Sequence[Group] | None = None
-    """`groups` and `rejected` as the verifier scores them; None if the run has no verifier at work."""
+    """`groups` and `rejected` as the verifier scores them; None if no verifier is in use."""
     advantages: Advantages | None = None
-    """Per sample of `groups`."""
+    """Advantages of each sample in `groups`."""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """What `measure` returned: sums over micro-batches and ranks, means over optimizer steps."""
+    """Results of `measure`: sums over micro-batches and ranks, means over optimizer steps."""
     probed: Sequence[Group] = ()
-    """What `probes` returned, scored by the run's reward."""
+    """Groups that `probes` returned, scored by the run's reward."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ class Findings:
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the step, named `area/name`."""
     table: Sequence[Mapping[str, Any]] = ()
-    """Rows of `diagnostics/NAME.jsonl` in the run folder; `step` is added."""
+    """Rows for `diagnostics/NAME.jsonl` in the run folder; `step` is added."""
     warning: str = ""
     """What is wrong, its cause and a remedy."""
     stop: str = ""
-    """The same, where the run must not go on."""
+    """Likewise, if the run must not continue."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a diagnostic can be refused for before anything starts."""
+    """Facts for which a diagnostic can be refused before anything starts."""
 
     settings: Mapping[str, Any]
     """The sections `trainer`, `learner` and `algorithm` as plain values."""
     needs: AlgorithmNeeds
     reward: RewardTraits | None
-    """None: no reward is asked."""
+    """None: no reward is used."""
     verified: bool
-    """A verifier judges training answers, too, and it is not the reward."""
+    """Whether a verifier that is not the reward also judges training answers."""
     columns: frozenset[str]
-    """What the data provide with every prompt."""
+    """Columns that the data provide with every prompt."""
 
 
 class Diagnostic(ABC):
@@ -89,34 +89,34 @@ class Diagnostic(ABC):
     Config: ClassVar[type[DiagnosticConfig]] = DiagnosticConfig
 
     def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
-        """`settings`: the run's whole configuration as plain values."""
+        """`settings`: the run's complete configuration as plain values."""
         self.config = config
 
     @classmethod
     def objections(cls, config: Any, facts: RunFacts) -> Iterable[str]:
-        """Why it cannot work, or has no effect, in this run: messages for the user."""
+        """Yield why the diagnostic cannot work, or has no effect, in this run: messages for the user."""
         return ()
 
     def probes(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
-        """Groups that the run's reward scores for this `check`; mostly none.
+        """Return groups for the run's reward to score for the next `check`; usually none.
 
-        `prompts` are the step's; before training (step 0) the first of the run.
+        `prompts`: the step's, or before training (step 0) the run's first.
         """
         return ()
 
     def measure(self, inputs: LossInputs) -> Mapping[str, Tensor]:
-        """On the learner, for each micro-batch: scalars that add up, which `check` gets as `StepRecord.measured`.
+        """Measure a micro-batch on the learner: return scalars that add up, for `check` in `StepRecord.measured`.
 
-        Nothing is differentiated. Here only `config` and `settings` are known: state lives on the driver.
+        Nothing is differentiated. Only `config` and `settings` are available here: state is kept on the driver.
         """
         return {}
 
     @abstractmethod
     def check(self, record: StepRecord) -> Findings:
-        """Called on the driver after each step; only here may state change."""
+        """Check a step, on the driver after each step. State may change only here."""
 
     def conclude(self, metrics: Mapping[str, float]) -> Findings:
-        """At the end of the run: a last warning; its scalars are entries of summary.json."""
+        """Return findings at the end of the run: a last warning, and scalars, which become entries of summary.json."""
         return Findings()
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class Diagnostic(ABC):
 
 
 class Windows:
-    """Values of the last 2n steps: how a mean changed from the earlier n to the later n. A warning is due at most once
-    per n steps."""
+    """Values of the last 2n steps, to compare means of the earlier n and the later n. A warning is due at most once per
+    n steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -141,14 +141,14 @@ class Windows:
 
     @property
     def due(self) -> bool:
-        """Whether both windows are full, and the last warning is n steps ago."""
+        """Whether both windows are full and the last warning is at least n steps ago."""
         return bool(self.steps) and len(self.history) == 2 * self.steps and self.quiet <= 0
 
     def warned(self) -> None:
         self.quiet = self.steps
 
     def change(self, name: str) -> tuple[float, float] | None:
-        """Means over the earlier and the later window; None if one has no value."""
+        """Return the means over the earlier and the later window; None if one has no value."""
         rows = list(self.history)
         halves = [[row[name] for row in half if name in row] for half in (rows[: self.steps], rows[self.steps :])]
         return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None

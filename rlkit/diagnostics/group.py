@@ -1,4 +1,4 @@
-"""All diagnostics of a run as one thing."""
+"""All diagnostics of a run as one object."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class DiagnosedError(UserError):
 
 
 def make_diagnostics(configs: Iterable[DiagnosticConfig], settings: Mapping[str, Any]) -> list[Diagnostic]:
-    """`settings`: the run's whole configuration as plain values."""
+    """Make diagnostics. `settings`: the run's complete configuration as plain values."""
     return [diagnostic_class(config.kind)(config, settings) for config in configs]
 
 
 def measuring(configs: Iterable[DiagnosticConfig], settings: Mapping[str, Any]) -> list[Diagnostic]:
-    """Those that measure on the learner."""
+    """Make only the diagnostics that measure on the learner."""
     return [part for part in make_diagnostics(configs, settings) if type(part).measure is not Diagnostic.measure]
 
 
 class Diagnostics:
-    """The diagnostics of a run, and the one that is always there: whether anything is learnt at all."""
+    """The diagnostics of a run, including the one that is always on: whether anything is learnt at all."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Diagnostics:
         write_table: WriteTable,
         score: Score,
     ) -> None:
-        """`prompts`: of the training data. `score`: by the run's reward."""
+        """`prompts`: the training data's. `score` scores groups with the run's reward."""
         self.parts = [NoSignal(NoSignal.Config(), {}), *chosen]
         self.prompts = prompts
         self.warn, self.write_table, self.score = warn, write_table, score
@@ -56,7 +56,7 @@ class Diagnostics:
         self.obey()
 
     async def check(self, record: StepRecord) -> dict[str, float]:
-        """The step's metrics with those of all diagnostics."""
+        """Check a step; return its metrics with those of all diagnostics."""
         metrics = {name: value for name, value in record.metrics.items() if not name.startswith(MEASURED)}
         prompts = [group.prompt for group in record.groups]
         added: dict[str, float] = {}
@@ -76,12 +76,12 @@ class Diagnostics:
         return metrics | added
 
     def obey(self) -> None:
-        """Raises DiagnosedError if a diagnostic has ended the run."""
+        """Raise DiagnosedError if a diagnostic has ended the run."""
         if self.verdict:
             raise DiagnosedError(self.verdict)
 
     def conclude(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Give the last warnings; return entries of summary.json. `metrics`: the latest known."""
+        """Give the last warnings; return entries for summary.json. `metrics`: the latest known values."""
         entries: dict[str, Any] = {}
         for part in self.parts:
             findings = part.conclude(metrics)
@@ -104,7 +104,7 @@ class Diagnostics:
         return {part.config.name: part.state_dict() for part in self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Of the run's state: those that the checkpoint does not know begin anew."""
+        """Restore from the run's state. Diagnostics that are not in the checkpoint start fresh."""
         older = {"hacking": {"history": state.get("alarm", ()), "quiet": 0}, "no_signal": state.get("signal")}
         saved = state.get("diagnostics", older)
         for part in self.parts:

@@ -16,7 +16,7 @@ DIAGNOSTICS: Mapping[str, type[Diagnostic]] = {cls.Config.model_fields["kind"].d
 
 
 def diagnostic_class(kind: str) -> type[Diagnostic]:
-    """Raises NotFoundError for a dotted path without such a class."""
+    """Return the class. Raises NotFoundError for a dotted path without such a class."""
     cls: type[Diagnostic] = DIAGNOSTICS.get(kind) or find_class("diagnostic", kind, Diagnostic)
     if not issubclass(cls.Config, DiagnosticConfig):
         raise NotFoundError(f"its Config must be a subclass of {DiagnosticConfig.__module__}.DiagnosticConfig")

@@ -1,4 +1,4 @@
-"""Diagnostics of log-ratios, which the learner measures token by token."""
+"""Diagnostics of per-token log-ratios, which the learner measures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LARGEST_LOG_RATIO = 20.0
 
 
 class RatioShift(Diagnostic):
-    """Importance ratios pi / pi_old by place in the response and sign of the advantage (GRPO-Guard, arXiv 2510.22319).
+    """Importance ratios pi / pi_old by position and by sign of the advantage (GRPO-Guard, arXiv 2510.22319).
 
-    On old samples the mean ratio is 1. Where it stays below, the upper clip bound hardly ever acts, and nothing holds
-    the policy back on responses that it is rewarded for.
+    On samples of the old policy the mean ratio is 1. If it stays below, the upper clip bound hardly ever acts, and
+    nothing restrains the policy on rewarded responses.
     """
 
     SIGNS = ("positive", "negative")
@@ -30,9 +30,9 @@ class RatioShift(Diagnostic):
     class Config(DiagnosticConfig):
         kind: str = "ratio_shift"
         buckets: int = Field(default=4, ge=1)
-        """Equal parts of each response that the table tells apart."""
+        """Number of equal parts of each response with separate rows in the table."""
         steps: int = Field(default=5, ge=1)
-        """Steps per window; the warning needs two in a row."""
+        """Steps per window. Warn if the ratio stays low over two windows in a row."""
 
     def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
         super().__init__(config, settings)
@@ -124,23 +124,23 @@ class RatioShift(Diagnostic):
 
 
 class Drift(Diagnostic):
-    """Log-ratios to the reference policy of better and of worse responses: times beta, DPO's implicit rewards (arXiv
-    2404.12358), both of which may fall while their margin grows.
+    """Log-ratios to the reference policy for better and for worse responses. Times beta they are DPO's implicit rewards
+    (arXiv 2404.12358), both of which may fall while their margin grows.
 
-    Better and worse are a pair's winner and loser, or where there are no pairs, responses with a positive and with a
-    negative advantage.
+    Better and worse are a pair's winner and loser or, without pairs, responses with a positive and with a negative
+    advantage.
     """
 
     FALL = 0.5
-    """Nats per response."""
+    """Smallest fall of the better responses' log-ratio that warns, in nats per response."""
 
     class Config(DiagnosticConfig):
         kind: str = "drift"
         steps: int = Field(default=10, ge=1)
-        """Steps per window. Warn when from one window to the next both log-ratios fell, the better ones' below 0."""
+        """Steps per window. Warn when both log-ratios fall from one window to the next, the better ones' to below 0."""
         max_kl: float | None = Field(default=None, gt=0)
-        """Warn when the mean log-ratio per token (nats; k1 estimate of the KL from the reference) exceeds this in a
-        window; null: never."""
+        """Warn when a window's mean log-ratio per token (in nats; the k1 estimate of the KL from the reference) exceeds
+        this; null: never."""
 
     def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
         super().__init__(config, settings)

@@ -20,8 +20,8 @@ CHANCE = 0.5
 
 
 def both_scores(record: StepRecord, against: str = VERIFIER) -> Iterator[tuple[Prompt, Float64, Float64]]:
-    """Per group: its prompt, rewards [n], and what the verifier says, or a component of the reward [n]; of the samples
-    that have both."""
+    """Yield per group its prompt, rewards [n], and the verifier's scores or a component of the reward [n], for the
+    samples that have both."""
     groups = [*record.groups, *record.rejected]
     judges = groups if against != VERIFIER or record.judged is None else record.judged
     for group, judged in zip(groups, judges, strict=True):
@@ -32,7 +32,7 @@ def both_scores(record: StepRecord, against: str = VERIFIER) -> Iterator[tuple[P
 
 
 def _other(score: Score, against: str) -> float | None:
-    """None where it is not known."""
+    """Return the score to compare with; None if it is unknown."""
     if not score.valid:
         return None
     return score.components.get("correct", score.value) if against == VERIFIER else score.components.get(against)
@@ -54,26 +54,26 @@ def compares_something(facts: RunFacts) -> Iterator[str]:
 
 
 def pair_accuracy(rewards: Float64, truth: Float64) -> tuple[float, int]:
-    """(pairs ordered rightly, pairs) of responses [n] that differ in truth; equal rewards count half."""
+    """Return (correctly ordered pairs, pairs) of responses [n] that differ in truth; equal rewards count half."""
     better = truth[:, None] > truth[None, :]
     ordered = np.sign(rewards[:, None] - rewards[None, :]) / 2 + 0.5
     return float(ordered[better].sum()), int(better.sum())
 
 
 class RewardGap(Diagnostic):
-    """How often the reward orders two responses as the verifier does, by sets of prompts: a learned reward is right
-    less often far from what it was trained on (arXiv 2409.03650)."""
+    """How often the reward orders two responses as the verifier does, by set of prompts: a learned reward is right less
+    often far from its training data (arXiv 2409.03650)."""
 
     class Config(DiagnosticConfig):
         kind: str = "reward_gap"
         column: str | None = None
-        """Data column that names each prompt's set; null: all are one set."""
+        """Data column that names each prompt's set; null: all prompts are one set."""
         steps: int = Field(default=10, ge=1)
-        """Accuracies are over the pairs of this many steps."""
+        """Number of steps whose pairs the accuracies cover."""
         max_gap: float = Field(default=0.1, gt=0, le=1)
-        """Warn when the accuracies of two sets differ by more, or one is not above chance."""
+        """Warn when the accuracies of two sets differ by more than this, or one is not above chance."""
         min_pairs: int = Field(default=100, ge=1)
-        """Pairs that a set needs to be compared."""
+        """Fewest pairs for a set to be compared."""
 
     def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
         super().__init__(config, settings)
@@ -139,14 +139,14 @@ class RewardGap(Diagnostic):
 
 
 def standardised(rewards: Sequence[Float64]) -> Float64:
-    """Groups [n] each in one row: less the group's mean, which no policy can change, and of length 1 (zero stays)."""
+    """Concatenate groups [n] minus their means, which no policy can change, scaled to length 1 (zeros stay)."""
     row = np.concatenate([group - group.mean() for group in rewards if len(group)] or [np.zeros(0)])
     length = float(np.linalg.norm(row))
     return row / length if length > 0 else row
 
 
 def starc(first: Sequence[Float64], second: Sequence[Float64]) -> tuple[float, float]:
-    """Distance (half the Euclidean one) and angle / pi of two standardised rewards, both from 0 to 1."""
+    """Return the distance (half the Euclidean one) and angle / pi of two standardised rewards, both from 0 to 1."""
     a, b = standardised(first), standardised(second)
     return float(np.linalg.norm(a - b)) / 2, float(np.arccos(np.clip(a @ b, -1.0, 1.0)) / np.pi)
 
@@ -160,17 +160,17 @@ def _components(record: StepRecord, against: str) -> str:
 
 class Starc(Diagnostic):
     """STARC distance between the reward and another one on the step's responses (arXiv 2309.15257, section 3; our form
-    for single responses): 0 where both order responses alike by the same steps, 1 where one is the other negated."""
+    for single responses): 0 if they agree up to a shift per group and a scale, 1 if one is the other negated."""
 
     UNRELATED = 0.5**0.5
-    """Distance of rewards at right angles."""
+    """Distance of orthogonal rewards."""
 
     class Config(DiagnosticConfig):
         kind: str = "starc"
         against: str = VERIFIER
-        """verifier, or a component of the reward: `unshaped` (before `reward.shaping`), a part's name."""
+        """verifier, or a component of the reward: `unshaped` (before `reward.shaping`) or the name of a part."""
         steps: int = Field(default=10, ge=1)
-        """Steps per window. Warn when in two in a row the rewards have nothing in common (mean distance above 0.7)."""
+        """Steps per window. Warn when the rewards are unrelated (mean distance above 0.7) in two windows in a row."""
 
     def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
         super().__init__(config, settings)

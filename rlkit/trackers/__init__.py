@@ -1,2 +1,2 @@
-"""Where the numbers and texts of a run go besides its folder: TensorBoard, W&B, MLflow, Trackio, SwanLab, or a class
-of the user's."""
+"""Trackers that get a run's metrics and texts in addition to its folder: TensorBoard, W&B, MLflow, Trackio, SwanLab,
+or a user's class."""

@@ -1,6 +1,6 @@
-"""W&B, Trackio and SwanLab: three packages with one way of speaking (`init`, `log`, `finish`).
+"""W&B, Trackio and SwanLab: three packages with the same interface (`init`, `log`, `finish`).
 
-Keys, addresses, and whether to be offline, are in their own environment variables.
+Keys, addresses and offline mode are set by their own environment variables.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rlkit.trackers.rows import COLUMNS, conversation, facts, prompt_text, respo
 
 
 class Board(RunTracker):
-    """What the three share. Where one keeps what it was sent before a resume, `RESUMED` marks what comes after."""
+    """The common base of the three. If one keeps values sent before a resume, `RESUMED` marks the later ones."""
 
     Config = ProjectConfig
     config: ProjectConfig
     variable: ClassVar[str]
     """Environment variable that names the project."""
     run: Any
-    """What the package's `init` returned."""
+    """The return value of the package's `init`."""
 
     def start(
         self, config: Mapping[str, Any], name: str, folder: Path, resume_id: str | None, first_step: int
@@ -49,7 +49,7 @@ class WandbConfig(ProjectConfig):
 
 
 class Wandb(Board):
-    """Steps are a column of their own, because W&B's own steps never go back, as those of a resumed run do."""
+    """Steps are a separate column, because W&B's own steps never go back, as those of a resumed run do."""
 
     Config = WandbConfig
     modules = ("wandb",)
@@ -94,10 +94,10 @@ class Trackio(Board):
     variable = "TRACKIO_PROJECT"
 
     def init(self, folder: Path, resume_id: str | None, **shared: Any) -> Started:
-        """Trackio finds a run by its name, the newest of several."""
+        """Start the run. Trackio finds a run by its name; of several, the newest."""
         if resume_id is not None:
             shared["name"] = resume_id
-        quiet = {"embed": False, "auto_log_cpu": False}  # the processes that work are others
+        quiet = {"embed": False, "auto_log_cpu": False}  # the work is done in other processes
         self.run = self.package.init(**shared, resume="never" if resume_id is None else "allow", **quiet)
         own = f"TRACKIO_DIR={os.environ['TRACKIO_DIR']} " if "TRACKIO_DIR" in os.environ else ""
         where = self.run.url or f"{own}trackio show --project {shared['project']}"
@@ -118,14 +118,14 @@ class SwanLabConfig(ProjectConfig):
 
 
 class SwanLab(Board):
-    """Of a step that it has, SwanLab keeps the first values; where offline, every attempt has a folder of its own."""
+    """SwanLab keeps the first values sent for a step. Offline, every attempt has its own folder."""
 
     Config = SwanLabConfig
     modules = ("swanlab",)
     variable = "SWANLAB_PROJ_NAME"
 
     def init(self, folder: Path, resume_id: str | None, **shared: Any) -> Started:
-        settings = self.package.Settings(interactive=False)  # nobody would see the question
+        settings = self.package.Settings(interactive=False)  # nobody would see a prompt
         logs = os.environ.get("SWANLAB_LOG_DIR", str(folder / "swanlog"))
         self.run = self.package.init(
             **shared,

@@ -1,4 +1,4 @@
-"""Carries what a run reports to its trackers, so that none of them can end or slow it."""
+"""Delivers what a run reports to its trackers, so that none of them can end or slow down the run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from rlkit.trackers.ledger import Ledger
 from rlkit.trackers.rows import best_and_worst
 
 WAITING = 1000
-"""Calls that wait for a tracker at most; what comes then is dropped and counted."""
+"""Most calls that may wait for a tracker; further ones are dropped and counted."""
 TEXTS_WAITING = 100
-"""With more calls waiting, samples are dropped."""
+"""Samples are dropped when more calls than this are waiting."""
 CLOSE_SECONDS = 60.0
-"""Time limit for all trackers together to send what is left at the end of a run."""
+"""Time limit for all trackers together to send the rest at the end of a run."""
 EARLY_CLOSE_SECONDS = 10.0
-"""The same after a signal: who sent it waits."""
+"""The same after a signal, whose sender is waiting."""
 EXIT_SECONDS = 10.0
-"""Then the process ends, also if a tracker that missed the limit holds it up."""
+"""Time after which the process ends even if a tracker that missed the limit would hold it up."""
 LEDGER_SECONDS = 10.0
 ALERTS, ALERT_SECONDS = 10, 600.0
-"""So many alerts are sent in this time at most; a warning is on the screen in any case."""
+"""Most alerts sent within this time; warnings are always shown on the screen."""
 
 Say = Callable[[str], None]
 
@@ -47,7 +47,7 @@ class Delivery:
         self._started: Started | None = None
         self._until = ledger.until(name)
         self._lost = self._until if ledger.lost(name) else math.inf
-        """Time of the first record that is missing there."""
+        """Time of the first record that the tracker lacks."""
         self._noted = 0.0
         self._queue: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._filled = threading.Condition()
@@ -56,7 +56,7 @@ class Delivery:
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:
-        """Have `method` of the tracker called, soon and if there is room."""
+        """Queue a call of the tracker's `method`, if there is room."""
         with self._filled:
             self.calls += 1
             if len(self._queue) >= (TEXTS_WAITING if method == "samples" else WAITING):
@@ -76,12 +76,12 @@ class Delivery:
             self._filled.notify()
 
     def ended(self, seconds: float) -> bool:
-        """Wait for it."""
+        """Wait for the thread; return whether it has ended."""
         self._thread.join(max(0.0, seconds))
         return not self._thread.is_alive()
 
     def leave(self) -> None:
-        """It may hang for ever, but says no more."""
+        """Abandon the thread: it may hang for ever, but reports nothing more."""
         with self._filled:
             left = len(self._queue)
         self._say(f"is left behind: it has not sent all it was given ({left} calls) in time")
@@ -91,7 +91,7 @@ class Delivery:
         started = self._call("start", start)
         if isinstance(started, Started):
             self._started = started
-            self._note(started)  # now: a run that is killed is found again, too
+            self._note(started)  # at once, so that a killed run is found again, too
             if started.where:
                 self._say(started.where)
         elif not self.failed:
@@ -115,7 +115,7 @@ class Delivery:
     def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         try:
             return getattr(self._tracker, method)(*arguments)
-        except BaseException as error:  # of a package that calls sys.exit, too: only this thread is its
+        except BaseException as error:  # also if a package calls sys.exit, which must end only this thread
             self.failed += 1
             self._lose(method, arguments)
             if self.failed == 1:
@@ -124,7 +124,7 @@ class Delivery:
             return None
 
     def _lose(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """A record is missing: `rlkit sync` is to send what is there from it on."""
+        """Note a missing record, from which on `rlkit sync` must send everything again."""
         if method == "scalars":
             with self._filled:
                 self._lost = min(self._lost, arguments[2])
@@ -175,7 +175,7 @@ class Deliveries:
             delivery.put("alert", level, title, text)
 
     def close(self, status: Status) -> None:
-        """Wait for them, but not long; may be called again."""
+        """Wait for all trackers, but not for long; may be called again."""
         if self._closed:
             return
         self._closed = True
@@ -196,7 +196,7 @@ class Deliveries:
 
 
 def make_tracker(config: TrackerConfig) -> RunTracker:
-    """With its package imported: two threads that import at once may see modules half made."""
+    """Make a tracker and import its package first: two threads that import at once may see half-initialised modules."""
     cls = tracker_class(config.kind)
     for module in cls.modules:
         importlib.import_module(module)
@@ -204,7 +204,7 @@ def make_tracker(config: TrackerConfig) -> RunTracker:
 
 
 def _end_with_the_program(code: int) -> None:
-    """What a package does at exit may hang as its calls do."""
+    """End the process: a package's exit handlers may hang just like its calls."""
     threading.main_thread().join()
     time.sleep(EXIT_SECONDS)
     sys.stdout.flush()

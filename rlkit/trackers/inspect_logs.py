@@ -1,4 +1,4 @@
-"""The samples of a run as logs of Inspect, for its viewer, Scout and Docent."""
+"""Exports the samples of a run as Inspect logs, for its viewer, Scout and Docent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rlkit.trackers.recorded import RecordedRun
 from rlkit.trackers.rows import conversation
 
 LARGEST = 1000
-"""Samples in a log: Inspect's writer takes time by the square of their number."""
+"""Most samples in a log: the time that Inspect's writer takes grows with the square of their number."""
 KEPT = ("rank", "finish_reason", "policy_versions", "staleness", "length", "dropped", "prompt_id", "set", "reason")
 """Keys of a row that become metadata of the sample."""
 
 
 def write_logs(run: RecordedRun, folder: Path) -> tuple[int, int]:
-    """A log for each range of steps, in place of an earlier export; returns the numbers of samples and of logs."""
+    """Write a log per range of steps, replacing an earlier export; return the numbers of samples and of logs."""
     from inspect_ai.log import write_eval_log
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_logs(run: RecordedRun, folder: Path) -> tuple[int, int]:
 
 
 def _parts(run: RecordedRun) -> Iterator[list[dict[str, Any]]]:
-    """Rows of whole steps, at most `LARGEST`; a larger step is divided."""
+    """Yield the rows of whole steps, at most `LARGEST` at a time; a larger step is divided."""
     held: list[dict[str, Any]] = []
     for _, rows in run.steps():
         if held and len(held) + len(rows) > LARGEST:
@@ -115,7 +115,7 @@ def _sample(row: Mapping[str, Any], scores: Mapping[str, float | None]) -> Any:
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """What the sample is worth by everyone who said so."""
+    """Return all scores of the sample, by name."""
     known = {"reward": row.get("reward"), **(row.get("components") or {})}
     known |= {name: row[name] for name in ("advantage", "correct", "verdict") if row.get(name) is not None}
     return {name: None if value is None else float(value) for name, value in known.items()}

@@ -15,7 +15,7 @@ TRACKERS: Mapping[str, type[RunTracker]] = {cls.Config.model_fields["kind"].defa
 
 
 def tracker_class(kind: str) -> type[RunTracker]:
-    """Raises NotFoundError for a dotted path without such a class."""
+    """Return the class. Raises NotFoundError for a dotted path without such a class."""
     cls: type[RunTracker] = TRACKERS.get(kind) or find_class("tracker", kind, RunTracker)
     if not issubclass(cls.Config, TrackerConfig):
         raise NotFoundError(f"its Config must be a subclass of {TrackerConfig.__module__}.TrackerConfig")

@@ -1,4 +1,4 @@
-"""`trackers.json` of a run folder: under which id each tracker knows the run, and what it has."""
+"""`trackers.json` of a run folder: each tracker's id of the run, and how much it has received."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FILE = "trackers.json"
 
 
 class Ledger:
-    """Used by the threads of all trackers of a run. A folder that cannot be written keeps no ledger: a run goes on
-    under new ids there."""
+    """Used by the threads of all trackers of a run. A folder that is not writable has no ledger, so a resumed run gets
+    new ids."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
@@ -25,12 +25,12 @@ class Ledger:
         return entry["id"] if entry else None
 
     def until(self, name: str) -> float:
-        """Unix time of the record up to which the tracker has all; 0: none."""
+        """Return the Unix time of the record up to which the tracker has everything; 0: it has nothing."""
         entry = self._read().get(name)
         return float(entry["until"]) if entry else 0.0
 
     def lost(self, name: str) -> bool:
-        """Whether records behind `until` are missing there, so that later ones do not move it."""
+        """Whether the tracker lacks records after `until`, so that later ones do not advance it."""
         return bool(self._read().get(name, {}).get("lost"))
 
     def write(self, name: str, started: Started, until: float, lost: bool) -> None:

@@ -1,4 +1,4 @@
-"""MLflow: numbers as metrics, the configuration as parameters, samples as a table. `MLFLOW_TRACKING_URI` says where."""
+"""MLflow: metrics, the configuration as parameters, samples as a table. `MLFLOW_TRACKING_URI` is the destination."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlkit.trackers.base import RESUMED, Level, ProjectConfig, RunTracker, Start
 from rlkit.trackers.rows import COLUMNS, table_row
 
 PARAMETERS = 100
-"""Per request, at most."""
+"""Most parameters per request."""
 LONGEST = 500
-"""Characters of a parameter's value in older servers."""
+"""Most characters of a parameter's value in older servers."""
 ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -23,7 +23,7 @@ class MLflowConfig(ProjectConfig):
 
 
 class MLflow(RunTracker):
-    """A metric keeps all values of a step; charts show the latest."""
+    """A metric keeps all values sent for a step; charts show the latest."""
 
     Config = MLflowConfig
     config: MLflowConfig
@@ -72,7 +72,7 @@ class MLflow(RunTracker):
 
 
 def _named(key: str) -> str:
-    """MLflow takes no other characters."""
+    """Replace characters that MLflow does not accept."""
     return re.sub(r"[^\w.\- :/]", "_", key)
 
 

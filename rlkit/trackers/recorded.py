@@ -1,4 +1,4 @@
-"""Reads what a run folder holds: of finished runs, of killed ones, and of those that still grow."""
+"""Reads the folders of finished, killed and still running runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from rlkit.experience import UserError
 
 NOT_NUMBERS = ("kind", "step", "policy_version", "time", "seconds")
-"""Keys of a record in metrics.jsonl that are no metrics."""
+"""Keys of a record in metrics.jsonl that are not metrics."""
 
 
 class RecordedRun:
-    """Raises UserError if `folder` holds none."""
+    """The folder of a run. Raises UserError if `folder` holds no run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
@@ -41,20 +41,20 @@ class RecordedRun:
         return False
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Lines of metrics.jsonl that have a step and a time."""
+        """Yield the lines of metrics.jsonl that have a step and a time."""
         for record in rows(self.metrics):
             if isinstance(record.get("step"), int) and isinstance(record.get("time"), (int, float)):
                 yield record
 
     def steps(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(step, its rows of samples.jsonl)."""
+        """Yield (step, its rows in samples.jsonl)."""
         for step, group in groupby(rows(self.samples), lambda row: row.get("step")):
             if isinstance(step, int):
                 yield step, list(group)
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; a line that is none, like the last one while it is written, is left out."""
+    """Yield the objects in a JSON Lines file. Other lines, such as a half-written last one, are skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -68,7 +68,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a record; "NaN" and "Infinity" are numbers, too."""
+    """Return the metrics of a record; "NaN" and "Infinity" count as numbers."""
     values = {}
     for name, value in record.items():
         if name not in NOT_NUMBERS and not isinstance(value, bool):

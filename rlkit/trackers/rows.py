@@ -1,4 +1,4 @@
-"""Rows of samples.jsonl as trackers show them."""
+"""Rows of samples.jsonl in the form that trackers show."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TEXTS_PER_RUN = 100
 
 
 def texts_are_due(step: int, total_steps: int) -> bool:
-    """W&B shows the latest hundred parts of a table, and MLflow writes its table anew for each."""
+    """Whether to send texts: W&B shows the last hundred parts of a table, and MLflow rewrites its table for each."""
     return step <= 1 or step % max(1, total_steps // TEXTS_PER_RUN) == 0
 
 
 def best_and_worst(rows: Sequence[Row], groups: int | None) -> list[Row]:
-    """Of the `groups` trained groups (None: all) whose rewards spread most, the rows that stand for them."""
+    """Return the rows that represent the `groups` trained groups (None: all) with the widest spread of rewards."""
     ranked: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("rank") is not None and row.get("dropped") is None:
@@ -31,7 +31,7 @@ def _spread(rows: Sequence[Row]) -> float:
 
 
 def conversation(row: Row) -> list[dict[str, str]]:
-    """The prompt, and the response or the turns of an episode, as messages."""
+    """Return the prompt, and the response or the turns of an episode, as messages."""
     turns = row.get("turns") or [{"role": "assistant", "content": row.get("response") or ""}]
     messages = [*(row.get("prompt") or ()), *turns]
     return [{"role": str(message.get("role", "")), "content": _said(message)} for message in messages]
@@ -46,7 +46,7 @@ def _said(message: Mapping[str, Any]) -> str:
 
 
 def prompt_text(row: Row) -> str:
-    """What the user said last, or all of several messages."""
+    """Return the prompt's text: its only message, or all messages with their roles."""
     messages = row.get("prompt") or []
     if len(messages) == 1:
         return str(messages[0].get("content", ""))
@@ -61,7 +61,7 @@ def response_text(row: Row) -> str:
 
 
 def facts(row: Row) -> dict[str, Any]:
-    """What is known of a sample besides its texts; the same keys for every row."""
+    """Return the facts about a sample other than its texts; the keys are the same for every row."""
     return {
         "group": row.get("group_id"),
         "sample": row.get("sample"),
@@ -80,5 +80,5 @@ COLUMNS = ("step", "prompt", "response", "answer", *facts({}))
 
 
 def table_row(step: int, row: Row) -> list[Any]:
-    """The values of `COLUMNS`."""
+    """Return the values of `COLUMNS`."""
     return [step, prompt_text(row), response_text(row), row.get("answer"), *facts(row).values()]

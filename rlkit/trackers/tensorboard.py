@@ -1,4 +1,4 @@
-"""Scalars and sample texts as TensorBoard events, without importing torch or TensorFlow into the driver."""
+"""Writes scalars and sample texts as TensorBoard events, without importing torch or TensorFlow into the driver."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FLUSH_SECONDS = 5
 
 
 class TensorBoardWriter:
-    """Appends to an event file in `folder`, created by the first write."""
+    """Appends to an event file in `folder`, which the first write creates."""
 
     def __init__(self, folder: Path, first_step: int = 1) -> None:
-        """`first_step` above 1: TensorBoard drops later steps of the folder's earlier files."""
+        """`first_step` above 1: TensorBoard drops the steps from there on in the folder's earlier files."""
         self._folder, self._first_step = folder, first_step
         self._writer: EventFileWriter | None = None
 

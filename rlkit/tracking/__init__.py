@@ -1,4 +1,4 @@
-"""What a run writes and shows. The trainer uses `Tracker` alone; actors call `actor_logging` before all else."""
+"""What a run writes and shows. The trainer uses only `Tracker`; actors first call `actor_logging`."""
 
 from rlkit.tracking.logs import actor_logging
 from rlkit.tracking.run_folder import RunFolder, RunFolderError

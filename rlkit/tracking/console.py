@@ -1,4 +1,4 @@
-"""Consoles that show a run: live (redraws itself), plain (a line per event), off (the transcript alone)."""
+"""Consoles that show a run: live (redraws itself), plain (a line per event), off (only the transcript)."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ REDRAWS_PER_SECOND = 2
 SUMMARY_COLUMNS = 72
 WIDEST = 120
 FRAMED, WITH_BAR, WITH_CURVE = 50, 60, 90
-"""Least columns of a terminal for a frame, a progress bar, and a curve."""
+"""Minimum terminal columns for a frame, a progress bar and a curve."""
 METRIC_COLUMNS = 52
 
 
 class Console:
-    """Shows nothing (`off`). Whatever any console shows is also in the transcript, `logs/console.log`."""
+    """Shows nothing (`off`). Everything that a console shows is also in the transcript, `logs/console.log`."""
 
     def __init__(self, progress: Progress, transcript: Path) -> None:
         self._progress = progress
@@ -70,7 +70,7 @@ class Console:
 
 
 class PlainConsole(Console):
-    """One line per event, and a sign of life after a quiet while."""
+    """One line per event, and a sign of life after a quiet period."""
 
     def __init__(
         self, progress: Progress, transcript: Path, terminal: TextIO, heartbeat_seconds: float = HEARTBEAT_SECONDS
@@ -119,7 +119,7 @@ class PlainConsole(Console):
                     return
                 if self._lines != lines:
                     continue
-            with self._progress.lock:  # never while holding the condition: the tracker may speak with this lock held
+            with self._progress.lock:  # never while holding the condition: the tracker may report with this lock held
                 doing, elapsed = self._progress.now_doing, self._progress.elapsed
             with self._changed:
                 if self._lines == lines and not self._closed:
@@ -127,7 +127,7 @@ class PlainConsole(Console):
 
 
 class LiveConsole(Console):
-    """A view of Progress, redrawn twice a second; lines go to the transcript alone."""
+    """A view of Progress, redrawn twice a second; lines go only to the transcript."""
 
     def __init__(self, progress: Progress, transcript: Path, terminal: TextIO, title: str) -> None:
         super().__init__(progress, transcript)
@@ -144,7 +144,7 @@ class LiveConsole(Console):
 
     def notice(self, text: str) -> None:
         super().notice(text)
-        self._rich.print(Text(text))  # above the view, and there to stay
+        self._rich.print(Text(text))  # stays above the view
 
     def summary(self, summary: Mapping[str, Any], folder: Path, tensorboard: bool) -> None:
         super().summary(summary, folder, tensorboard)
@@ -171,9 +171,9 @@ def open_console(mode: Mode, progress: Progress, logs: Path, terminal: TextIO, t
 
 
 class _Terminal(RichConsole):
-    """Asks its own file for its size: descriptors 1 and 2, which rich would ask, are redirected to a log."""
+    """Gets its size from its own file: descriptors 1 and 2, which rich would query, are redirected to a log."""
 
-    @property  # type: ignore[misc]  # rich's can be set as well
+    @property  # type: ignore[misc]  # rich's has a setter, too
     def size(self) -> ConsoleDimensions:
         try:
             columns, lines = os.get_terminal_size(self.file.fileno())
@@ -183,7 +183,7 @@ class _Terminal(RichConsole):
 
 
 class View:
-    """All of Progress at the moment of drawing, cut to the terminal's size."""
+    """The whole Progress at the moment of drawing, cut to the size of the terminal."""
 
     def __init__(self, progress: Progress, title: str) -> None:
         self._progress, self._title = progress, title
@@ -205,7 +205,7 @@ class View:
         yield Panel(body, title=Text(self._title, style="bold"), border_style="blue", width=width) if framed else body
 
     def _parts(self, options: ConsoleOptions, room: Callable[[], int]) -> Iterator[tuple[RenderableType, int]]:
-        """What is shown and the most lines it may take, the most important first; `room`: lines left."""
+        """Yield each part and the most lines that it may take, the most important first; `room`: lines left."""
         progress, width, ascii_only = self._progress, options.max_width, options.ascii_only
         m = progress.metrics
         yield _head(progress, width), 2
@@ -221,7 +221,7 @@ class View:
             times = f" (x{count})" if count > 1 else ""
             yield _clipped(f"warning: {printable(message)}{times}", 2, width, "yellow"), 2
         if progress.sample and room() >= 3:
-            # The prompt on one line; the responses share what room there is.
+            # The prompt takes one line; the responses share the rest.
             most = max(1, min(3, (room() - 1) // 2))
             yield _clipped(f"Q: {printable(progress.sample[0].prompt)}", 1, width, "dim"), 1
             for sample in progress.sample:

@@ -1,4 +1,4 @@
-"""Sends what libraries print and log to files instead of the screen."""
+"""Sends the output and logs of libraries to files instead of the screen."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CapturedOutput:
 
 
 class ShowWarnings(logging.Handler):
-    """Shows what rlkit's own modules log as warnings or worse."""
+    """Shows what rlkit's own modules log at level WARNING or above."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -61,18 +61,18 @@ class ShowWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._show(record.getMessage())
-        except Exception:  # a full disk: whoever warns goes on
+        except Exception:  # a full disk must not stop the caller
             self.handleError(record)
 
 
 def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:
-    """Send an actor's prints, logs, warnings and crash stacks to `log_path` for good; to be called before all else."""
+    """Send an actor's prints, logs, warnings and crash stacks to `log_path` permanently; to be called first."""
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()
     _redirect(path)
     for stream in (sys.stdout, sys.stderr):
-        # A killed process loses what it has buffered, and the last lines are the ones that matter.
+        # A killed process loses what it has buffered, and its last lines matter most.
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
@@ -86,7 +86,7 @@ def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:
 
 
 def _redirect(path: Path) -> None:
-    # Appending keeps lines whole although several writers share the file.
+    # In append mode lines stay whole although several writers share the file.
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -1,4 +1,4 @@
-"""What is known of a run now, and its text: lines, durations, sparklines, a curve."""
+"""The current state of a run, and its text form: lines, durations, sparklines, a curve."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ SHOWN = (
     ("ratio clipped", "policy/clip_share", "{:6.2%}"),
     ("grad", "policy/grad_norm", "{:7.3f}"),
 )
-"""(label, metric, format) of a step's line, in order; absent metrics are left out."""
+"""(label, metric, format) for the line of a step, in order; absent metrics are left out."""
 PHASES = ("generate", "score", "update", "publish")
 STEPS_TIMED = 20
-"""For the estimate of the time left."""
+"""Steps on which the estimate of the time left is based."""
 NARROWEST_CURVE = 30
-"""Columns."""
+"""Fewest columns for a curve."""
 
 
 def duration(seconds: float) -> str:
-    """`4.2 s`, `3:07 min`, `2:03:07 h`."""
+    """Format a duration: `4.2 s`, `3:07 min`, `2:03:07 h`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -50,12 +50,12 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters: a model's output must not steer the terminal."""
+    """Return the text as one line without control characters: a model's output must not control the terminal."""
     return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
-    """The values averaged into at most `width` bars; non-finite values leave a gap."""
+    """Return the values averaged into at most `width` bars; non-finite values leave a gap."""
     bars = "_.-~=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)] if count > 0 else []
@@ -68,7 +68,7 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
 
 
 def headline_text(metric: str) -> str:
-    """`accuracy/heldout` is `held-out accuracy`, `evaluation/math/accuracy` is `math accuracy`."""
+    """Name a metric in words: `accuracy/heldout` is `held-out accuracy`, `evaluation/math/accuracy` `math accuracy`."""
     area, *rest = metric.split("/")
     name = rest[-1].removeprefix("heldout_") if rest else area
     return " ".join(rest) if area == "evaluation" else f"held-out {area if name == 'heldout' else name}"
@@ -89,8 +89,8 @@ def change_text(metric: str, change: float) -> str:
 def curve(
     points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False, shares: bool = True
 ) -> list[str]:
-    """Lines of a plot of shares (0 to 1) or other values over steps: measured points, joined by dots; empty if too
-    narrow or too few."""
+    """Return the lines of a plot of shares (0 to 1) or other values over steps: measured points, joined by dots. Empty
+    if the width is too small or there are too few points."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2 or points[0][0] == points[-1][0] or width < NARROWEST_CURVE:
         return []
@@ -124,7 +124,7 @@ def curve(
 
 
 def _short(value: float) -> str:
-    """At most seven characters."""
+    """Format a value in at most seven characters."""
     text = f"{value:.3g}"
     return text if len(text) <= 7 else f"{value:.0e}"
 
@@ -159,16 +159,16 @@ class Progress:
         self.began = clock()
         self.phases: list[Phase] = []
         self.activities: dict[str, float] = {}
-        """Name -> when it began."""
+        """Name -> start time."""
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.rewards: list[float] = []
         self.headline = "accuracy/heldout"
-        """The metric of the held-out evaluations that is shown."""
+        """The metric shown for held-out evaluations."""
         self.heldout: list[tuple[int, float]] = []
-        """(step, its value)."""
+        """(step, value of the headline metric)."""
         self.warnings: dict[str, int] = {}
-        """Message -> how often, the latest last."""
+        """Message -> how often it occurred, the latest last."""
         self.sample: Sequence[ShownSample] = ()
         self._ends: deque[float] = deque(maxlen=STEPS_TIMED + 1)
 
@@ -213,14 +213,14 @@ class Progress:
         self.metrics = self.metrics | dict(metrics)
 
     def add_warning(self, message: str) -> int:
-        """Return how often this message has come, this time included."""
+        """Count a warning; return how often this message has occurred, including this time."""
         count = self.warnings.pop(message, 0) + 1
         self.warnings[message] = count
         return count
 
     @property
     def other_sets(self) -> dict[str, float]:
-        """The headlines of further held-out sets, `evaluation/NAME/accuracy`, and their latest values."""
+        """Headline metrics of further held-out sets (`evaluation/NAME/accuracy`) and their latest values."""
         pattern = re.compile(r"evaluation/\w+/(accuracy|reward)")
         return {name: v for name, v in self.metrics.items() if pattern.fullmatch(name) and name != self.headline}
 
@@ -230,7 +230,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the pace of the last steps, evaluations between them included; None before the first step is done."""
+        """Estimate from the pace of the last steps, including evaluations; None before the first step is done."""
         if len(self._ends) < 2:
             return None
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
@@ -243,7 +243,7 @@ class Progress:
 
 
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Of `SHOWN` what there is; the plain loss where nothing else says how training goes."""
+    """Return the entries of `SHOWN` that have a value; the policy loss only without a reward or a preference loss."""
     tells = {"reward/mean", "preference/loss"} & metrics.keys()
     return [one for one in SHOWN if one[1] in metrics and not (tells and one[1] == "policy/loss")]
 

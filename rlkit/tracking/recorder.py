@@ -1,4 +1,4 @@
-"""What each step leaves on disk for those who look at it later: its samples, and of some their tokens."""
+"""Writes each step's samples to disk for later inspection, and the tokens of some of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rlkit.tracking.tokens import Pieces, Signals, TokenFolder, token_table, wat
 
 
 class Recorder:
-    """Writes beside the next step, in order. What fails there is said; training goes on without it."""
+    """Writes in the background during the next step, in order. Failures are reported; training continues."""
 
     def __init__(
         self, config: TrackingConfig, folder: RunFolder, rejected_by: GroupFilter, pieces: Pieces | None = None
     ) -> None:
-        """`pieces`: the text of each token."""
+        """`pieces` gives the text of each token."""
         self.config, self.folder, self.rejected_by, self.pieces = config, folder, rejected_by, pieces
         self.tokens = TokenFolder(folder.tokens, config.token_gib * 2**30)
 
@@ -32,7 +32,7 @@ class Recorder:
         signals: Signals | None = None,
     ) -> None:
         """Record a trained step. `judged`: its groups, and the rejected ones, as the verifier scores them; `signals`:
-        of the update."""
+        those of the update."""
 
         def work() -> None:
             self._samples(experience, advantages, rejected, judged)
@@ -43,7 +43,7 @@ class Recorder:
         self.folder.writer.put(_records(experience.step), work)
 
     def failed(self, step: int, groups: Sequence[Group]) -> None:
-        """Record a step that ends the run because of its scores: what the reward was given."""
+        """Record the groups that the reward got in a step that ends the run because of its scores."""
         config, reasons = self.config, {group.id: "step_failed" for group in groups}
         limit, keep = config.sample_groups_per_step, config.keep_samples
 

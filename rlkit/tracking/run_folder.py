@@ -1,4 +1,4 @@
-"""The folder of a run; the only code that writes config, metrics, samples and summary."""
+"""The folder of a run. Only this module writes config, metrics, samples and summary."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class RunFolder:
     `checkpoints/`, `logs/`."""
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
-        """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
+        """Raises RunFolderError if the folder already holds a run, is not writable, or is in use.
 
-        `resume`: it may hold a run; `keep_only` then cuts its files.
+        `resume`: it may hold a run, whose files `keep_only` then truncates.
         """
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
@@ -49,7 +49,7 @@ class RunFolder:
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
         self.sample_reader: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
-        """Is given what was appended to samples.jsonl."""
+        """Called with the rows appended to samples.jsonl."""
         self._new = not any(path.exists() for path in self._of_a_run())
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -62,15 +62,15 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
         self.writer = Writer(self.path)
-        """For what is written while the run goes on."""
+        """Writes in the background while the run continues."""
 
     def _of_a_run(self) -> tuple[Path, ...]:
         return self.config, self.metrics, self.samples, self.summary, self.checkpoints
 
     @contextmanager
     def given_back(self) -> Iterator[None]:
-        """An error before anything is recorded leaves the folder free for another try: `logs/` stays, and what an
-        earlier run left here."""
+        """If an error occurs before anything is recorded, leave the folder free for another try. `logs/` stays, and so
+        does anything from an earlier run."""
         try:
             yield
         except BaseException:
@@ -82,11 +82,11 @@ class RunFolder:
             raise
 
     def policy(self, step: int) -> Path:
-        """Where the policy after `step` steps is saved, as a Hugging Face folder."""
+        """Return where the policy after `step` steps is saved, as a Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that grows, by its path in the folder, after a sync. Raises UnwrittenError."""
+        """Sync the growing files; return each one's size in bytes, by its path in the folder. Raises UnwrittenError."""
         self.writer.settle()
         files = self._growing()
         for file in files:
@@ -95,11 +95,11 @@ class RunFolder:
         return {str(file.relative_to(self.path)): file.stat().st_size for file in files}
 
     def _growing(self) -> list[Path]:
-        """Metrics, samples and tables."""
+        """Return the files for metrics, samples and tables that exist."""
         return [file for file in (self.metrics, self.samples, *sorted(self.tables.glob("*.jsonl"))) if file.exists()]
 
     def keep_only(self, keep: Mapping[str, int], step: int = 0) -> None:
-        """Truncate the files that grow to these bytes (unnamed: to 0), and remove the summary and the tokens of steps
+        """Truncate the growing files to these sizes (unnamed ones to 0), and remove the summary and the tokens of steps
         after `step`.
 
         Raises RunFolderError if a file is shorter.
@@ -130,14 +130,14 @@ class RunFolder:
         try:
             with self.samples.open("a", encoding="utf-8") as file:
                 file.write(text)
-        except OSError:  # a full disk: no half line stays for the next one to go on
+        except OSError:  # a full disk: leave no half line to which the next one would be appended
             os.truncate(self.samples, size)
             raise
         if rows:
             self.sample_reader(rows)
 
     def append_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Rows of `diagnostics/NAME.jsonl`."""
+        """Append rows to `diagnostics/NAME.jsonl`."""
         self.tables.mkdir(exist_ok=True)
         with (self.tables / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write("".join(json_text(row) + "\n" for row in rows))
@@ -146,15 +146,15 @@ class RunFolder:
         write_atomically(self.summary, json_text(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """May be called again. Raises UnwrittenError, and is closed."""
+        """Close the folder, even if it raises UnwrittenError; may be called again."""
         with ExitStack() as closing:
-            for each in (self._lock, self._metrics, self.writer):  # closed the other way round
+            for each in (self._lock, self._metrics, self.writer):  # closed in reverse order
                 closing.callback(each.close)
             self.writer.settle()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers see all of the old or all of the new one, also after a crash."""
+    """Write a file so that readers see either the whole old file or the whole new one, even after a crash."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -169,16 +169,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Standard JSON: non-finite numbers become the texts "NaN", "Infinity" and "-Infinity"."""
+    """Return standard JSON: non-finite numbers become the strings "NaN", "Infinity" and "-Infinity"."""
     try:
         return to_json(value, indent=indent, inf_nan_mode="strings", fallback=_plain).decode()
-    except ValueError:  # half a character, or what is not JSON
+    except ValueError:  # half a character, or a type that is not JSON
         return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
-        if value.dtype.kind in "biu":  # token ids: nothing below needs a look
+        if value.dtype.kind in "biu":  # token ids: no need to look at the elements
             return value.tolist()
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -17,11 +17,11 @@ from rlkit.experience.types import BoolArray, FloatArray
 
 Keep = Literal["all", "best_worst"]
 Verdicts = Mapping[str, Mapping[str, list[float | None]]]
-"""Group id -> `correct` or `verdict` -> what the verifier says of each sample; None: nothing."""
+"""Group id -> `correct` or `verdict` -> the verifier's value for each sample; None: it gave none."""
 
 
 def chosen_groups(step: int, groups: Sequence[Group], limit: int | None) -> list[int]:
-    """The places of at most `limit` groups, drawn at random by the step, in order."""
+    """Return the indices of at most `limit` groups, in order, drawn at random with the step as seed."""
     places = range(len(groups))
     return list(places) if limit is None or limit >= len(groups) else sorted(random.Random(step).sample(places, limit))
 
@@ -36,10 +36,10 @@ def sample_rows(
     judged: Verdicts | None = None,
     dropped: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the samples of `chosen_groups`. `rank` is best and worst in a group, or `only` and `invalid` where at
-    most one sample is valid, None between; `keep=best_worst`: of those with a rank alone.
+    """Return rows for the samples of `chosen_groups`. `rank` is `best` or `worst` in the group, or `only` or `invalid`
+    if at most one sample is valid, else None; `keep=best_worst` keeps only samples with a rank.
 
-    `advantages` has one array [T] per sample, group by group. `dropped`: by group id, why it was not trained. Raises
+    `advantages` has one array [T] per sample, group by group. `dropped`: group id -> why it was not trained. Raises
     ValueError if the number of advantages is not the number of samples.
     """
     first = [0, *accumulate(len(group.samples) for group in groups)]
@@ -59,7 +59,7 @@ def sample_rows(
 
 
 def verdicts_by_group(judged: Sequence[Group] | None) -> Verdicts:
-    """Raises RewardFailed where the verifier gives no value."""
+    """Return the verifier's values by group. Raises RewardFailed if the verifier gives no value."""
     if not judged:
         return {}
     area, values = verdicts(judged)
@@ -71,7 +71,7 @@ def verdicts_by_group(judged: Sequence[Group] | None) -> Verdicts:
 
 
 def untrained(groups: Sequence[Group], kept: BoolArray) -> dict[str, str]:
-    """By id, why a group has no sample in the loss: `invalid` scores, or else the `algorithm` has no use for it."""
+    """Return group id -> why no sample of it is in the loss: `invalid` scores, or the `algorithm` does not use it."""
     reasons, start = {}, 0
     for group in groups:
         end = start + len(group.samples)
@@ -82,7 +82,7 @@ def untrained(groups: Sequence[Group], kept: BoolArray) -> dict[str, str]:
 
 
 def widest_group(groups: Sequence[Group]) -> Group | None:
-    """The group whose best and worst response differ most in reward."""
+    """Return the group whose best and worst responses differ most in reward."""
 
     def spread(group: Group) -> float:
         rewards = [r for r in map(total_reward, _scores(group)) if r is not None]
@@ -92,12 +92,12 @@ def widest_group(groups: Sequence[Group]) -> Group | None:
 
 
 def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
-    """(`best` | `worst` | `only` | `invalid`, sample, score) of the one or two responses that represent a group."""
+    """Return (`best` | `worst` | `only` | `invalid`, sample, score) of the one or two that represent a group."""
     return [(rank, group.samples[i], _scores(group)[i]) for rank, i in _best_and_worst(group)]
 
 
 def transcript(sample: Sample) -> str:
-    """What was said in an episode, turn by turn; else the response."""
+    """Return the messages of an episode, turn by turn, or the response if there is no episode."""
     if sample.episode is None or not sample.episode.messages:
         return sample.text
     lines: list[str] = []
@@ -110,7 +110,7 @@ def transcript(sample: Sample) -> str:
 
 
 def _messages(sample: Sample) -> Iterator[tuple[Message, Span | None, Segment | None]]:
-    """What was said in an episode, an assistant's turn with its span, and with the segment that it begins."""
+    """Yield the messages of an episode; an assistant's turn comes with its span and any segment that it begins."""
     turns = iter(sample.turns)
     starts = {segment.start: segment for segment in sample.segments}
     for message in sample.episode.messages if sample.episode else ():
@@ -128,10 +128,10 @@ def _spelled(call: ToolCall) -> str:
 
 
 def _episode(sample: Sample) -> dict[str, Any]:
-    """Its turns with what each earned, and how it ended; nothing of a single response.
+    """Return the episode's turns with their rewards, and how it ended; nothing for a single response.
 
-    `segments`: of several, the place of their first turn, and what it stands `behind` (nothing: the prompt, or all
-    before it, rendered anew)."""
+    `segments`, if there are several: the index of each one's first turn, and the messages that it stands `behind`
+    (empty: the prompt, or everything before it, re-rendered)."""
     episode = sample.episode
     if episode is None:
         return {}
@@ -165,7 +165,7 @@ def _scores(group: Group) -> Sequence[Score]:
 
 
 def _best_and_worst(group: Group) -> list[tuple[str, int]]:
-    """Of equal rewards, the first sample is the best and the last the worst."""
+    """Return (rank, index). Among equal rewards, the first sample is the best and the last the worst."""
     ranked = [(reward, i) for i, score in enumerate(_scores(group)) if (reward := total_reward(score)) is not None]
     if not ranked:
         unjudged = any(score.valid for score in _scores(group))
@@ -178,7 +178,7 @@ def _best_and_worst(group: Group) -> list[tuple[str, int]]:
 
 
 def _version_spans(sample: Sample) -> list[tuple[int, int]]:
-    """(first token, policy version), in order; observations have none of their own."""
+    """Return (first token, policy version) of each span, in order; observations have no version of their own."""
     first = sample.policy_versions[0]
     if sample.versions is None:
         return [(0, first)]
@@ -232,6 +232,6 @@ def _sample_row(step: int, group: Group, i: int, advantage: FloatArray | None) -
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
         "version_spans": spans,
-        # Updates between the oldest weights that sampled a token, and those the step began with; None if recorded.
+        # Updates between the oldest weights that sampled a token and those at the step's start; None if recorded.
         "staleness": None if sample.logprobs is None else step - 1 - min(version for _, version in spans),
     }

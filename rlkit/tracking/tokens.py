@@ -1,4 +1,4 @@
-"""The signals of each token of a few samples, as files tokens/step_NNNNNN.parquet."""
+"""Per-token signals of a few samples, in files tokens/step_NNNNNN.parquet."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Signals = Mapping[int, Mapping[str, FloatArray]]
-"""By a sample's number in the step, by name: [T]."""
+"""Index of a sample in the step -> name -> [T]."""
 
 
 class Pieces:
-    """What each token of a response adds to its text; an unfinished character at the end as the response has it."""
+    """The text that each token adds to a response; an incomplete character at the end is as in the response."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer`: a fast one."""
+        """`tokenizer` must be a fast one."""
         self.tokenizer = tokenizer
         self._alone: dict[int, str] = {}
 
     def __call__(self, sample: Sample) -> list[str]:
         ids, decode = sample.token_ids.tolist(), self.tokenizer.backend_tokenizer.decode
-        # Most tokens add what they say alone, and the text tells whether these do. Decoding them in order is slower.
+        # Most tokens add the text that they decode to singly; comparing with the text shows whether all do. Decoding in
+        # order is slower.
         for token in set(ids).difference(self._alone):
             self._alone[token] = decode([token])
         pieces = [self._alone[token] for token in ids]
@@ -52,8 +53,8 @@ class Pieces:
 
 
 def watched_groups(step: int, groups: Sequence[Group], config: TrackingConfig) -> list[int]:
-    """The places of `tracking.token_groups_per_step` groups, in order: those with the widest and the narrowest spread
-    of rewards, and others drawn by the step, of those that are in samples.jsonl."""
+    """Return the indices of `tracking.token_groups_per_step` of the groups in samples.jsonl, in order: those with the
+    widest and the narrowest spread of rewards, and others drawn with the step as seed."""
     places, count = chosen_groups(step, groups, config.sample_groups_per_step), config.token_groups_per_step
     if count >= len(places):
         return places
@@ -65,7 +66,7 @@ def watched_groups(step: int, groups: Sequence[Group], config: TrackingConfig) -
 
 
 def watched_samples(experience: Experience, config: TrackingConfig) -> frozenset[int]:
-    """Their numbers in the step."""
+    """Return the indices of the watched samples in the step."""
     starts = [0, *accumulate(len(group.samples) for group in experience.groups)]
     chosen = watched_groups(experience.step, experience.groups, config)
     return frozenset(i for g in chosen for i in range(starts[g], starts[g + 1]))
@@ -80,9 +81,10 @@ def _spread(group: Group) -> float | None:
 def token_table(
     experience: Experience, advantages: Advantages, signals: Signals, watched: Iterable[int], pieces: Pieces | None
 ) -> Table:
-    """One row per watched sample, one list per signal. What no sample has is no column, what one lacks is null.
+    """Return one row per watched sample, with one list per signal. A signal that no sample has gets no column; if one
+    sample lacks it, its entry is null.
 
-    `signals`: of the update. Without `pieces` there is no text.
+    `signals`: those of the update. Without `pieces` there is no text.
     """
     import pyarrow as pa
 
@@ -124,7 +126,8 @@ def token_table(
 def _signals(
     number: int, group: Group, i: int, experience: Experience, advantages: Advantages, signals: Signals
 ) -> dict[str, NDArray[Any]]:
-    """[T] each, masked where a token has none. What the update left out may have been computed before it."""
+    """Return [T] per signal, masked where a token has none. Signals missing from the update may have been computed
+    before it."""
     sample, score = group.samples[i], Score.none() if group.scores is None else group.scores.samples[i]
     before = {
         "logprob_learner": experience.policy_logprobs,
@@ -146,7 +149,7 @@ def _signals(
 
 
 def _versions(sample: Sample) -> NDArray[np.int32]:
-    """[T] policy versions, -1 on observations, masked if nothing sampled it."""
+    """Return [T] policy versions, -1 on observations; all masked if the sample was not sampled by a policy."""
     if sample.logprobs is None:
         return np.ma.masked_all(len(sample), np.int32)
     if sample.versions is not None:
@@ -156,7 +159,7 @@ def _versions(sample: Sample) -> NDArray[np.int32]:
 
 
 def _process_rewards(sample: Sample, score: Score) -> NDArray[Any] | None:
-    """[T] a token's own reward, and that of a span at its last token; masked elsewhere."""
+    """Return [T] rewards: each token's own, and a span's at its last token; masked elsewhere."""
     if score.token_rewards is None and not score.span_rewards:
         return None
     none = np.ma.array(np.zeros(len(sample)), mask=True)
@@ -172,7 +175,7 @@ def step_of(file: Path) -> int:
 
 
 class TokenFolder:
-    """`tokens/step_NNNNNN.parquet`, at most about `limit` bytes in all: of the older half, every second is removed."""
+    """`tokens/step_NNNNNN.parquet`. Above about `limit` bytes in all, the older half loses every second file."""
 
     def __init__(self, path: Path, limit: float) -> None:
         self.path, self.limit = path, limit
@@ -185,7 +188,7 @@ class TokenFolder:
             self.path.mkdir(exist_ok=True)
             self._sizes = {one: one.stat().st_size for one in sorted(self.path.glob("step_*.parquet"), key=step_of)}
         file, aside = (self.path / f"{start}step_{step:06d}.parquet" for start in ("", "."))
-        repeated = ["group_id", "piece.list.element", "version.list.element"]  # looking for more takes half the time
+        repeated = ["group_id", "piece.list.element", "version.list.element"]  # trying others costs half the time
         try:
             parquet.write_table(table, aside, compression="zstd", use_dictionary=repeated, write_statistics=False)
             aside.replace(file)

@@ -24,7 +24,7 @@ from rlkit.tracking.samples import best_and_worst_samples, transcript, widest_gr
 
 
 class Tracker:
-    """Used by the driver alone, from any of its threads.
+    """Used only by the driver, from any of its threads.
 
     >>> with Tracker(config.tracking, RunFolder(config.run_dir), total_steps=100) as tracker:
     ...     tracker.phase("starting Ray")
@@ -32,7 +32,7 @@ class Tracker:
     ...         ...
     ...     tracker.step(1, {"reward/mean": 0.5}, groups)
 
-    While it is open, output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
+    While it is open, the output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
     logged under the name `rlkit` are shown.
     """
 
@@ -45,7 +45,7 @@ class Tracker:
         clock: Callable[[], float] = time.monotonic,
         first_step: int = 1,
     ) -> None:
-        """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
+        """`first_step`: above 1 for a resumed run (plots drop what was written from this step on before)."""
         self.folder = folder
         self._tracked = {tracker.kind for tracker in config.trackers}
         self._clock = clock
@@ -68,7 +68,7 @@ class Tracker:
             for name in ("rlkit", "algorithms"):
                 logging.getLogger(name).addHandler(handler)
                 opened.callback(logging.getLogger(name).removeHandler, handler)
-            opened.callback(folder.writer.settle)  # what fails in it is still shown
+            opened.callback(folder.writer.settle)  # its failures are still shown
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Tracker:
@@ -87,7 +87,7 @@ class Tracker:
                     self._trackers.alert("error", f"{self.folder.path.name} ended early", cause)
                 else:
                     self._status = "stopped"
-        finally:  # on a full disk, too: else the cause would be said to the captured output
+        finally:  # also on a full disk, or else the cause would go to the captured output
             self.close()
 
     def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
@@ -96,7 +96,7 @@ class Tracker:
             self._progress.resume(step, headline, heldout)
 
     def total_steps(self, steps: int) -> None:
-        """Of the run, where only the data told."""
+        """Set the run's number of steps, if it became known only with the data."""
         with self._progress.lock:
             self._progress.total_steps = steps
 
@@ -104,7 +104,7 @@ class Tracker:
         self._console.notice(text)
 
     def phase(self, name: str, parallel: bool = False) -> None:
-        """Begin a phase of the start-up; end earlier ones, unless it runs in parallel."""
+        """Begin a phase of the start-up and end earlier ones, unless it runs in parallel."""
         with self._progress.lock:
             self._progress.begin_phase(name, parallel)
         self._console.line(name)
@@ -141,13 +141,13 @@ class Tracker:
         metrics: Mapping[str, float],
         groups: Sequence[Group] = (),
     ) -> None:
-        """Record the metrics of a training step, and show it. Raises TypeError naming a metric that is not a number."""
+        """Record and show the metrics of a training step. Raises TypeError that names a metric that is not a number."""
         with self._progress.lock:
             now = self._clock()
             times = {f"time/{phase}": seconds for phase, seconds in self._times.items() if phase != "evaluate"}
             self._times = {phase: seconds for phase, seconds in self._times.items() if phase == "evaluate"}
             if self._step_began is not None:
-                # From the end of the step before, so that nothing is left out but evaluations.
+                # From the end of the previous step, so that nothing but evaluations is left out.
                 times["time/step"] = now - self._step_began - self._evaluating
             self._step_began, self._evaluating = now, 0.0
             values = _numbers(times | dict(metrics))
@@ -170,7 +170,7 @@ class Tracker:
         self._console.line(line)
 
     def warn(self, message: str) -> None:
-        """Show a warning. Repeats are counted, and shown at the 10th, 100th, ... time."""
+        """Show a warning. Repeats are counted, and shown the 10th, 100th, ... time."""
         with self._progress.lock:
             count = self._progress.add_warning(message)
         if str(count).strip("0") == "1":

@@ -1,4 +1,4 @@
-"""A thread that writes beside a run, in order; who waits for it waits with a deadline."""
+"""A thread that writes in the background of a run, in order; waiting for it has a deadline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from queue import SimpleQueue
 from rlkit.experience import UserError
 
 WRITE_SECONDS = 60.0
-"""Time limit of one piece of work, once nothing else is to do but wait for it."""
+"""Time limit for one piece of work, once the run waits for it."""
 
 log = logging.getLogger(__name__)
 
 
 class UnwrittenError(UserError):
-    """A disk does not take what is written."""
+    """A disk does not accept what is written."""
 
 
 class Writer:
-    """A daemon thread: a disk that hangs does not keep the process from ending."""
+    """A daemon thread, so that a hanging disk does not keep the process from ending."""
 
     def __init__(self, folder: Path, seconds: float = WRITE_SECONDS) -> None:
         self.folder, self.seconds = folder, seconds
@@ -33,25 +33,25 @@ class Writer:
         threading.Thread(target=self._work, name="run-folder", daemon=True).start()
 
     def put(self, what: str, work: Callable[[], None]) -> None:
-        """Have `work` done after all before. What fails there is said."""
+        """Queue `work` after everything queued before. Failures are reported."""
         done: Future[None] = Future()
         self._open.append((what, done))
         self._asked.put((what, work, done))
 
     def unwritten(self) -> str:
-        """What is open, for a message."""
+        """Describe the pending work, for a message."""
         what = ", ".join(what for what, _ in self._open)
         return f"{what} to be written in {self.folder} (does its disk answer? Repair it, or name another run_dir)"
 
     async def caught_up(self) -> None:
-        """Wait until no more than one piece of work is open."""
+        """Wait until at most one piece of work is pending."""
         while len(self._open) > 1:
             await asyncio.wait([asyncio.wrap_future(self._open[0][1])])
             self._open.popleft()
 
     def settle(self) -> None:
-        """Wait until none is open. Raises UnwrittenError where one takes longer than `seconds`; then all are given
-        up."""
+        """Wait until no work is pending. If a piece takes longer than `seconds`, give up on all and raise
+        UnwrittenError."""
         while self._open:
             try:
                 self._open[0][1].result(self.seconds)

@@ -1,1 +1,1 @@
-"""Look at runs: a page, a file, the terminal. Reads run folders only; loads no torch, Ray, vLLM or transformers."""
+"""View runs on a page, in a file or in the terminal. Only reads run folders; no torch, Ray, vLLM or transformers."""

@@ -1,9 +1,9 @@
 """`python -m rlkit.view RUN [RUN ...]`: look at runs in a browser, while they train or afterwards.
 
 python -m rlkit.view runs/today
-python -m rlkit.view runs                      # all runs in the folder, new ones too
+python -m rlkit.view runs                      # all runs in the folder, including new ones
 python -m rlkit.view --text runs/today         # in the terminal
-python -m rlkit.view runs --host 0.0.0.0       # for other machines: with a token, in the link that is printed
+python -m rlkit.view runs --host 0.0.0.0       # for other machines: the printed link contains a token
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rlkit.experience import UserError
 
 PORT = 7007
 TRIES = 50
-"""Ports from `--port` on; the first free one is taken."""
+"""Ports to try, from `--port` on; the first free one is used."""
 TOKEN = "RLKIT_VIEW_TOKEN"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns 0, 1 for folders without a run or no free port."""
+    """Serve until Ctrl-C or SIGTERM; return 0, or 1 for folders without a run or if no port is free."""
     return exit_code(_view, arguments)
 
 
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _token(host: str, asked: bool) -> str | None:
-    """None where only this machine can ask, and its users are trusted."""
+    """Return the token; None if only this machine, whose users are trusted, can reach the server."""
     own = os.environ.get(TOKEN, "").strip()
     if own and (problem := token_problem(own)):
         raise UserError(f"{TOKEN}: {problem}")
@@ -79,7 +79,7 @@ def _token(host: str, asked: bool) -> str | None:
 
 
 def _where(host: str, port: int, token: str | None) -> list[str]:
-    """The link, and how to reach it from elsewhere."""
+    """Return lines with the link and how to reach it from elsewhere."""
     query = "" if token is None else f"?token={token}"
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     link = f"http://[{name}]:{port}/{query}" if ":" in name else f"http://{name}:{port}/{query}"

@@ -1,4 +1,4 @@
-"""Runs beside one another: their configurations, their metrics, their answers to the same prompts."""
+"""Compares runs: their configurations, their metrics, their answers to the same prompts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rlkit.view.schema import AboutRuns, ComparedMetric, ComparedPrompt, Compare
 from rlkit.view.trends import Interval, mean_difference
 
 PROMPTS = 50
-"""A page of them."""
+"""Prompts per page."""
 ROWS_OF_PROMPT = 32
-"""Of each run."""
+"""Rows of a prompt per run."""
 UP = re.compile(r"(^|[/_])(accuracy|success)$|accuracy/|^reward/(heldout|mean)|^evaluation/(pass|best)@|per_second")
 DOWN = re.compile(r"failed|truncated_share|skipped|unjudged|^time/|malformed|mismatch/logprob")
-"""Names of metrics of which larger, or smaller, values are better; of others that cannot be said."""
+"""Names of metrics whose larger, or smaller, values are better; for others this is unknown."""
 _PAIRED = {"accuracy/heldout": "correct", "reward/heldout": "reward"}
-"""Metrics that are the mean of a column, over evaluated samples of no further set."""
+"""Metrics that are the mean of a column over evaluated samples, except those of further held-out sets."""
 Points = dict[str, dict[int, float]]
-"""Of a run: by metric, by step."""
+"""Metric -> step -> value of a run."""
 
 
 def configuration(runs: Sequence[Run], asked: AboutRuns) -> ConfigResult:
-    """Every key of config.yaml, the differing ones first."""
+    """Return every key of config.yaml, with the differing ones first."""
     del asked
     flat = [dict(_flat(run.config)) for run in runs]
     rows = []
@@ -48,7 +48,7 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
-    """Differences are the last run's values minus the first's, with intervals where there are pairs."""
+    """Compare runs. Differences are the last run's values minus the first's, with intervals if there are pairs."""
     if len(runs) < 2:
         raise UserError("runs=A,B: a comparison wants at least two runs")
     points = [run.remembered("points", partial(_points, run)) for run in runs]
@@ -60,7 +60,7 @@ def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
 
 
 def _points(run: Run) -> Points:
-    """Of each metric the values by step: of evaluations, or else of training."""
+    """Return each metric's values by step: from evaluations if it has any, else from training."""
     metrics = run.metrics
     evaluated = {name: dict(points) for name in metrics.names if (points := metrics.evaluation.points(name))}
     trained = {name: dict(points) for name in metrics.names if (points := metrics.training.points(name))}
@@ -99,7 +99,7 @@ def _metric(runs: Sequence[Run], name: str, of_runs: Sequence[Points]) -> Compar
 
 
 def _judges(run: Run, name: str) -> object:
-    """The configuration of what gives a metric's values."""
+    """Return the configuration of the reward or verifier that produces a metric's values."""
     return run.option("verifier" if name.startswith(("reward/heldout", "reward/train")) else "reward")
 
 
@@ -114,7 +114,7 @@ def _words(interval: Interval, of_prompts: bool, verdict: str, runs: Sequence[Ru
 def _words_without_pairs(
     difference: float | None, ends: Sequence[tuple[float, float] | None], verdict: str, runs: Sequence[Run]
 ) -> str:
-    """`ends` are those of the two runs' own intervals at their last steps."""
+    """Describe a difference without pairs. `ends`: bounds of the two runs' own intervals at their last steps."""
     if difference is None:
         return "one of the runs has no value"
     first, last = ends
@@ -127,7 +127,7 @@ def _words_without_pairs(
 
 
 def _ends(points: Points, name: str) -> tuple[float, float] | None:
-    """Of the interval that the metric's last value was recorded with."""
+    """Return the bounds of the interval recorded with the metric's last value."""
     last = max(points.get(name, {}), default=0)
     ends = [points[own][last] for end in BOUNDS for own in bound_names(name, end) if last in points.get(own, {})]
     return (ends[0], ends[1]) if len(ends) == 2 else None
@@ -139,7 +139,7 @@ def _above(difference: float, runs: Sequence[Run]) -> str:
 
 
 def _of_prompts(first: Run, last: Run, column: str) -> np.ndarray:
-    """Differences of means per prompt, of the last evaluated step of each."""
+    """Return the differences of means per prompt, at the last evaluated step of each run."""
     query = (
         f"SELECT prompt_id, avg({column}) FROM rows WHERE kind = 'evaluation' AND \"set\" IS NULL AND "
         f"{column} IS NOT NULL AND decoding IS NOT 'greedy' AND "
@@ -150,7 +150,7 @@ def _of_prompts(first: Run, last: Run, column: str) -> np.ndarray:
 
 
 def _prompts(runs: Sequence[Run], after: str) -> tuple[list[ComparedPrompt], str | None]:
-    """Those that all runs have, by id."""
+    """Return a page of the prompts that all runs have, by id, and the cursor of the next page."""
     known = [set(run.index.all("SELECT DISTINCT prompt_id FROM rows WHERE prompt_id > ?", after)) for run in runs]
     common = sorted(set.intersection(*known))
     page = common[:PROMPTS]
@@ -158,7 +158,7 @@ def _prompts(runs: Sequence[Run], after: str) -> tuple[list[ComparedPrompt], str
 
 
 def _prompt(runs: Sequence[Run], prompt: str) -> ComparedPrompt:
-    """The newest samples of each run."""
+    """Return a prompt with the newest samples of each run."""
     query = "SELECT id, reward FROM rows WHERE prompt_id = ? ORDER BY step DESC, id LIMIT ?"
     rows = [run.index.all(query, prompt, ROWS_OF_PROMPT) for run in runs]
     (head,) = runs[0].index.all("SELECT prompt FROM heads WHERE id = ?", rows[0][0][0])

@@ -1,4 +1,4 @@
-"""Metrics over steps: curves, tiles of the overview, where the time goes."""
+"""Metrics over steps: curves, the overview's tiles, where the time goes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlkit.view.runs import Run
 from rlkit.view.samples import summaries
 
 POINTS = 60
-"""Of a tile's line."""
+"""Most points of a tile's line."""
 PHASES = ("generate", "score", "advantages", "update", "publish")
 _WARNING = re.compile(r"^(?:\d\d:\d\d:\d\d )?warning: (.*?)(?: \((\d+) times by now\))?$")
 
@@ -29,13 +29,13 @@ BOUNDS = ("low", "high")
 
 class MetricsAsked(schema.AboutRun):
     names: str = ""
-    """Names of metrics, separated by commas; `*`: all; empty: only what there is."""
+    """Names of metrics, separated by commas; `*`: all; empty: only list the names of all metrics."""
     from_: schema.Whole = Field(default=0, alias="from")
     """The first step."""
 
 
 def metrics(run: Run, asked: MetricsAsked) -> schema.MetricsResult:
-    """Columns of the named metrics; of evaluations also the bounds of their intervals, `NAME/low` and `NAME/high`."""
+    """Return columns of the named metrics, for evaluations with the bounds of intervals, `NAME/low` and `NAME/high`."""
     known = run.metrics
     names = known.names if asked.names == "*" else [name for name in asked.names.split(",") if name]
     evaluation = known.evaluation
@@ -48,7 +48,7 @@ def metrics(run: Run, asked: MetricsAsked) -> schema.MetricsResult:
 
 
 def bound_names(name: str, bound: str) -> tuple[str, str]:
-    """Metrics that may hold a bound of the metric's interval: of a mean, or of an environment's metric."""
+    """Return the names that a bound of the metric's interval may have: for a mean, or for an environment's metric."""
     return f"{name}/{bound}", f"{name}_{bound}"
 
 
@@ -67,7 +67,7 @@ def _series(table: Table, names: Sequence[str], first: int, samples: schema.Numb
 
 
 def _sampled(run: Run) -> schema.Numbers:
-    """Responses sampled up to each step: those of the groups trained on and of those that filters rejected."""
+    """Return the responses sampled up to each step: in trained groups and in those that filters rejected."""
     groups, size = number(run.option("trainer.prompts_per_step")), number(run.option("algorithm.samples_per_prompt"))
     table = run.metrics.training
     if groups is None or size is None:
@@ -136,7 +136,7 @@ def _tile(run: Run, shown: _Shown) -> schema.Tile | None:
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float | None]]:
-    """Means over equal runs of neighbouring points, at the last step of each."""
+    """Return means over equally long stretches of points, each at the stretch's last step."""
     count = min(most, len(points))
     edges = [round(i * len(points) / count) for i in range(count + 1)]
     parts = [points[start:end] for start, end in pairwise(edges)]
@@ -144,7 +144,7 @@ def thinned(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, f
 
 
 def _warnings(run: Run) -> list[schema.Warned]:
-    """Of logs/console.log: each text once, with how often it came as far as the log says."""
+    """Return the warnings in logs/console.log: each text once, with how often it occurred according to the log."""
     try:
         lines = (run.path / "logs" / "console.log").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""The filter language of the sample list, as parametrised SQL: `reward > 1 and correct = 0 and finish = "length"`.
+"""The sample list's filter language, compiled to parametrised SQL: `reward > 1 and correct = 0 and finish = "length"`.
 
     expression := and-ed ("or" and-ed)*          and-ed := negated ("and" negated)*
     negated    := "not" negated | "(" expression ")" | comparison
     comparison := field [operator value | "is" ["not"] "null" | "contains" text]
     value      := number | text in quotes | true | false | another field of numbers
 
-Only constants of this package, and `?`, become SQL; whatever a person wrote is a parameter.
+Only constants of this package, and `?`, become SQL; everything that the user typed is a parameter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rlkit.view.index import COLUMNS
 
 Kind = Literal["number", "text", "flag"]
 Names = Mapping[str, Mapping[str, str]]
-"""Those of the `component`s and of the `rescored` rewards that there are, each with its column."""
+"""`component` or `rescored` -> name of each component or rescored reward -> its column."""
 
 
 @dataclass(frozen=True)
 class Sql:
-    """A condition or a value, and its parameters in order."""
+    """A condition or a value, with its parameters in order."""
 
     text: str
     parameters: tuple[Any, ...] = ()
@@ -62,7 +62,7 @@ _TOKEN = re.compile(
 
 
 class FilterError(UserError):
-    """The message says at which character, counted from 1, and what is possible there."""
+    """A wrong filter. The message names the character, counted from 1, and what is possible there."""
 
     def __init__(self, position: int, message: str) -> None:
         super().__init__(f"filter, character {position + 1}: {message}")
@@ -70,7 +70,7 @@ class FilterError(UserError):
 
 
 def compile_filter(text: str, names: Names) -> Sql:
-    """Raises FilterError."""
+    """Compile a filter to SQL. Raises FilterError."""
     if len(text) > LONGEST:
         raise FilterError(LONGEST, f"a filter has at most {LONGEST} characters")
     parser = _Parser(_tokens(text), names)
@@ -81,7 +81,7 @@ def compile_filter(text: str, names: Names) -> Sql:
 
 
 def field(name: str, names: Names, position: int = 0) -> Sql:
-    """A field's SQL: `reward`, `component.format` or `component:format`. Raises FilterError for an unknown one."""
+    """Return a field's SQL: `reward`, `component.format` or `component:format`. Raises FilterError if it is unknown."""
     family, separator, own = re.fullmatch(r"(\w*)([.:]?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     if separator and family in ("component", "rescored"):
         own = own[1:-1].replace('""', '"') if own.startswith('"') else own
@@ -119,7 +119,7 @@ def _tokens(text: str) -> list[_Token]:
 
 
 class _Parser:
-    """One method for each rule of the grammar; `token` is the next one."""
+    """One method per rule of the grammar; `token` is the next token."""
 
     def __init__(self, tokens: list[_Token], names: Names) -> None:
         self._tokens, self._names, self._depth = tokens, names, 0
@@ -133,7 +133,7 @@ class _Parser:
         return FilterError(self.token.start, f"{expected}, not {got}")
 
     def _take(self, *words: str) -> str | None:
-        """The next token, if it is one of these words or signs."""
+        """Consume and return the next token if it is one of these words or signs."""
         text = self.token.text.lower() if self.token.kind == "name" else self.token.text
         if self.token.kind not in ("name", "operator") or text not in words:
             return None

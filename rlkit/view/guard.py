@@ -1,4 +1,4 @@
-"""Who gets an answer: requests of this machine's own pages, and with a token where others could reach the server."""
+"""Access control: answers this server's own pages, and demands a token if others could reach the server."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Of every answer; the page has a Content-Security-Policy of its own."""
+"""Headers of every response; the page has its own Content-Security-Policy."""
 
 _ELEMENT = re.compile(r"<(script|style)\b([^>]*)>(.*?)</\1>", re.DOTALL)
 
 
 class Guard:
-    """Decides before routing, sets the headers, and drops parameters that are empty or the token's."""
+    """Checks requests before routing, sets the headers, and drops empty parameters and the token."""
 
     def __init__(self, app: ASGIApp, host: str, token: str | None) -> None:
-        """Of a server that listens on `host`; on all addresses, it goes by the names that this machine knows of itself
-        and by any number: a machine seldom knows under which others reach it. Without a token, whoever can reach it is
-        answered."""
+        """`host`: the address on which the server listens. If that is all addresses, the names that this machine knows
+        for itself and any IP address are accepted, as it seldom knows which one others use. Without a `token`, everyone
+        who can reach the server is answered."""
         self._app, self._token = app, token
         self._names, self._everywhere = {host.lower()}, host in ("0.0.0.0", "::", "")
         if self._everywhere:
@@ -62,7 +62,7 @@ class Guard:
         header = request.headers.get("host", "")
         name = host_name(header)
         if not (is_loopback(name) or name.lower() in self._names or (self._everywhere and _is_number(name))):
-            # A browser would let in a web page whose name was made to point here. A number points where it says.
+            # A browser would admit a web page whose name was made to point here. An IP address cannot be redirected.
             known = " or ".join(sorted(self._names - {"0.0.0.0", "::", ""}))
             return refused(403, f"this server does not go by the name {header[:60]!r}: use {known}, or its number")
         origin = request.headers.get("origin")
@@ -78,7 +78,7 @@ class Guard:
 
 
 def _tokens(request: HTTPConnection) -> list[str]:
-    """That a request has."""
+    """Return the tokens in a request."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     given = request.query_params.getlist("token") + ([bearer] if scheme.lower() == "bearer" else [])
     cookie = request.cookies.get(cookie_name(request))
@@ -86,7 +86,7 @@ def _tokens(request: HTTPConnection) -> list[str]:
 
 
 def cookie_name(request: HTTPConnection) -> str:
-    """Browsers share cookies between the ports of a host."""
+    """Return a name with the port in it, because browsers share cookies between the ports of a host."""
     return f"rlkit_view_{request.url.port or 80}"
 
 
@@ -95,10 +95,10 @@ def refused(status: int, message: str, headers: dict[str, str] | None = None) ->
 
 
 def page_policy(page: str, connect: str = "'self'") -> str:
-    """The Content-Security-Policy of a page whose scripts and styles are those in it, and no others."""
+    """Return the Content-Security-Policy that allows a page its own inline scripts and styles and no others."""
     digests: dict[str, list[str]] = {"script": [], "style": []}
     for tag, attributes, text in _ELEMENT.findall(re.sub(r"\r\n?", "\n", page)):  # as a browser hashes them
-        if 'type="application/json"' not in attributes:  # data are no script
+        if 'type="application/json"' not in attributes:  # data, not a script
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
             digests[tag].append(f"'sha256-{digest}'")
     allowed = [f"{tag}-src " + (" ".join(own) or "'none'") for tag, own in digests.items()]
@@ -107,7 +107,7 @@ def page_policy(page: str, connect: str = "'self'") -> str:
 
 
 def _is_number(name: str) -> bool:
-    """An address of the Internet Protocol, as `host_name` gives it."""
+    """Whether a name is an IP address, in the form that `host_name` returns."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

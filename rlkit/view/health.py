@@ -1,7 +1,7 @@
-"""Lights: the rules of rlkit/config/metrics.yaml over a run's metrics, with thresholds of its own configuration.
+"""Lights: the rules of rlkit/config/metrics.yaml applied to a run's metrics, with thresholds from its configuration.
 
-Green means measured and fine. What the last steps did not measure, or too few steps did, is said in words; a bad state
-that was the last one known stays.
+Green means measured and fine. A metric that the last steps did not measure, or too few steps did, is described in
+words; a bad state that was the last known one stays.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from rlkit.view.schema import Light
 from rlkit.view.trends import LEAST_POINTS, Interval, Together, together
 
 WINDOW = 5
-"""What none of so many last steps reports is not known of the run as it is."""
+"""A metric that none of the last `WINDOW` steps reported is no longer known for the run."""
 State = Literal["good", "look", "bad", "unknown"]
 WORDS: dict[State, str] = {"good": "fine", "look": "have a look", "bad": "act", "unknown": "not measured"}
 TOO_EARLY = "too few steps"
 STAYS = 0.05
-"""An accuracy that is not known to change, and by its line has risen by no more than this, stays."""
+"""An accuracy without a significant change whose fitted line rises by no more than this counts as unchanged."""
 Direction = Literal["rises", "falls", "stays", ""]
-"""Empty: too uncertain to tell."""
+"""Empty: too uncertain to say."""
 Option = Callable[[str], Any]
 Points = Sequence[tuple[int, float]]
-"""(step, value), where it is known."""
+"""(step, value) where the value is known."""
 
 
 def lights(run: Run) -> list[Light]:
-    """None for a folder in which no policy is trained: of an evaluation, of a reward's training."""
+    """Return the run's lights; none for a folder without a trained policy (an evaluation, a reward's training)."""
     metrics = run.metrics
     if run.is_evaluation or (run.config and run.option("algorithm") is None):
         return []
@@ -40,7 +40,7 @@ def lights(run: Run) -> list[Light]:
 
 
 def judge(training: Table, evaluation: Table, option: Option) -> list[Light]:
-    """All lights that apply. `option`: the value at a dotted key of the configuration, or None."""
+    """Return all lights that apply. `option` gives the value at a dotted key of the configuration, or None."""
     judged = [_light(row, row.light, training, option) for row in rows() if row.light is not None]
     return [light for light in (_reward_and_accuracy(training, evaluation), *judged) if light is not None]
 
@@ -87,7 +87,7 @@ def _of(steps: int, rule: Rule) -> str:
 
 
 def _middle(points: Points) -> float:
-    """One outlier is no state."""
+    """Return the median, so that one outlier does not decide the state."""
     values = sorted(value for _, value in points)
     return values[len(values) // 2]
 
@@ -102,7 +102,7 @@ class _Limit(NamedTuple):
 
 
 def _limits(bounds: Sequence[Bound], option: Option) -> list[_Limit]:
-    """Without those that the configuration leaves open."""
+    """Return the limits, without those that the configuration leaves open."""
     limits = ((bound, number(option(bound.key)) if bound.key else 1.0) for bound in bounds)
     return [_Limit(bound.side, bound.factor * base, bound.key) for bound, base in limits if base is not None]
 
@@ -127,7 +127,7 @@ def _spelled(look: Sequence[_Limit], act: Sequence[_Limit]) -> str:
 
 
 def _reported(metric: str, training: Table) -> Points:
-    """While only the critic learns, nothing is known of the policy's updates."""
+    """Return the metric's points; metrics of the policy's updates are unknown while only the critic learns."""
     waits = {step for step, value in training.points("policy/waits") if value and metric.startswith("policy/")}
     return [point for point in training.points(metric) if point[0] not in waits]
 
@@ -153,7 +153,7 @@ def _measured(points: Points, rule: Rule, training: Table, option: Option) -> Po
 
 
 def _share_of_best(points: Points) -> Points:
-    """Of means over `WINDOW` steps; 0 while all were 0."""
+    """Return shares of the best value so far, of means over `WINDOW` steps; 0 while all were 0."""
     values = [value for _, value in points]
     means = [sum(values[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(values) + 1)]
     bests = accumulate(means, max)
@@ -162,7 +162,7 @@ def _share_of_best(points: Points) -> Points:
 
 
 def _in_a_row(points: Points) -> Points:
-    """How many steps in a row, up to each, are above 0."""
+    """Return, for each step, how many steps in a row up to it are above 0."""
     row, counts = 0, []
     for step, value in points:
         row = row + 1 if value > 0 else 0
@@ -175,15 +175,15 @@ def _in_a_row(points: Points) -> Points:
 
 class RewardAndAccuracy(NamedTuple):
     verified: str
-    """The metric of accuracy that is known well enough."""
+    """The accuracy metric with enough values."""
     trend: Together | None
-    """None: of too few steps."""
+    """None: too few steps."""
     reward: Direction = ""
     accuracy: Direction = ""
 
 
 def reward_and_accuracy(training: Table, evaluation: Table) -> RewardAndAccuracy:
-    """What both do over the last third of the run; of held-out evaluations that are few, over more."""
+    """Return the trends of both over the last third of the run, or over more of it if held-out evaluations are few."""
     heldout = evaluation.points("accuracy/heldout")
     known = len(heldout) >= LEAST_POINTS
     verified = "accuracy/heldout" if known else "accuracy/train"
@@ -201,7 +201,7 @@ def _direction(change: Interval) -> Direction:
 
 
 def _between_evaluations(evaluation: Table, trend: Together) -> Direction:
-    """By the first and last evaluation's own intervals: a curve that bends is no line, and still it rises."""
+    """Compare the first and the last evaluation's own intervals: a curve that bends may rise without fitting a line."""
     low, high = (
         [value for step, value in evaluation.points(f"accuracy/heldout/{end}") if step >= trend.start]
         for end in ("low", "high")
@@ -212,7 +212,7 @@ def _between_evaluations(evaluation: Table, trend: Together) -> Direction:
 
 
 def _reward_and_accuracy(training: Table, evaluation: Table) -> Light | None:
-    """Whether the reward rises and what is verified does not."""
+    """Return the light for a reward that rises while verified accuracy does not."""
     reward = training.points("reward/mean")
     if not reward:
         return None

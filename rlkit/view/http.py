@@ -1,4 +1,4 @@
-"""The page and its questions over HTTP: GET alone, JSON, and events when a run grows."""
+"""Serves the page and its queries over HTTP: only GET, JSON, and events when a run grows."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ PAGE = Path(__file__).parent / "page.html"
 PLACEHOLDER = """<!doctype html><title>rlkit view</title><p>This installation has no page (rlkit/view/page.html).
 Questions are answered: <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>."""
 FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
-"""Takes the token out of the address once the cookie has it. A redirect from a link elsewhere would lack the cookie."""
+"""Removes the token from the address once the cookie has it. A redirect from an external link would lack the cookie."""
 PORTS = 65536
 LOOK_SECONDS = 1.0
-"""Between two looks at the files of the runs."""
+"""Interval at which the runs' files are checked."""
 HEARTBEAT_SECONDS = 15.0
 SMALLEST_GZIP = 1024
 THREADS = 8
-"""That answer; each keeps a few connections of its own."""
+"""Threads that answer; each keeps a few connections of its own."""
 
 
 def page_text() -> str:
-    """The page, or what stands in its place where the package was built without it."""
+    """Return the page, or a placeholder if the package was built without it."""
     return PAGE.read_text(encoding="utf-8") if PAGE.is_file() else PLACEHOLDER
 
 
 def make_app(runs: Runs, host: str, token: str | None, ending: threading.Event) -> ASGIApp:
-    """Of a server that listens on `host`. `ending`: set when it stops, so that event streams end."""
+    """Make the app of a server that listens on `host`. `ending` is set when it stops, so that event streams end."""
     app = FastAPI(
         title="rlkit view", version=rlkit.__version__, docs_url=None, redoc_url=None, openapi_url="/api/schema"
     )
@@ -82,7 +82,7 @@ def make_app(runs: Runs, host: str, token: str | None, ending: threading.Event) 
 
 
 def _add(app: FastAPI, runs: Runs, path: str, question: Question) -> None:
-    """`ask` checks the parameters; FastAPI's own check would say it in other words, so it only describes them."""
+    """Add a route. `ask` checks the parameters, with clearer messages than FastAPI, which only describes them."""
 
     def answer(request: Request) -> Response:
         result = ask(runs, path, dict(request.query_params))
@@ -103,7 +103,7 @@ def _add(app: FastAPI, runs: Runs, path: str, question: Question) -> None:
 
 
 async def _events(runs: Runs, ending: threading.Event) -> AsyncIterator[str]:
-    """An event per run that grew or ended since the last look; a comment as a heartbeat."""
+    """Yield an event per run that grew or ended since the last check, and comments as heartbeats."""
     seen: dict[str, object] = {run.id: run.stamp() for run in runs.all()}
     states: dict[str, str] = {}
     quiet = 0.0
@@ -112,7 +112,7 @@ async def _events(runs: Runs, ending: threading.Event) -> AsyncIterator[str]:
         await asyncio.sleep(LOOK_SECONDS)
         quiet += LOOK_SECONDS
         for run in await asyncio.to_thread(runs.all):
-            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next query reports it
                 stamp, (state, _) = run.stamp(), await asyncio.to_thread(run.state)
                 if seen.get(run.id) != stamp or states.get(run.id, state) != state:
                     event = await asyncio.to_thread(_event, run)
@@ -132,7 +132,7 @@ def _event(run: Run) -> Event:
 
 @contextlib.contextmanager
 def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
-    """A socket on the first free port from `port` on; raises UserError if there is none."""
+    """Yield a socket on the first free port from `port` on. Raises UserError if there is none."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -156,7 +156,7 @@ def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
 
 
 class _Server(uvicorn.Server):
-    """Signals end event streams, too; uvicorn would wait for them."""
+    """Ends event streams on signals; uvicorn would wait for them."""
 
     ending: threading.Event
 
@@ -171,7 +171,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(runs: Runs, host: str, token: str | None, listener: socket.socket) -> None:
-    """Until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM."""
     ending = threading.Event()
     follower = threading.Thread(target=_follow_all, args=(runs, ending), name="index", daemon=True)
     follower.start()
@@ -195,10 +195,10 @@ async def _serve(server: _Server, listener: socket.socket) -> None:
 
 
 def _follow_all(runs: Runs, ending: threading.Event) -> None:
-    """Index beside the answers: a long file is not waited for."""
+    """Index in the background, so that answers do not wait for a long file."""
     while not ending.wait(LOOK_SECONDS):
         for run in runs.all():
-            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next query reports it
                 while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
                     pass
         tokens.load()

@@ -1,7 +1,7 @@
 """samples.jsonl as a SQLite table: numbers, names, first characters, full text, and where each row begins in the file.
 
-The table lies in a cache folder outside of the run, so runs may be read-only. It follows the file by byte offset.
-Several processes may follow the same run: a batch of rows and the offset behind it are one transaction.
+The table is in a cache folder outside the run, so runs may be read-only. It follows the file by byte offset. Several
+processes may follow the same run: a batch of rows and the offset after it are written in one transaction.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from rlkit.view.rows import Position, listed, number, parsed, read_on, said, tex
 from rlkit.view.tokens import samples_in
 
 FORMAT = 5
-"""Part of a cache file's name: one of another format is not read, and removed once it is old."""
+"""Part of a cache file's name. Files of another format are not read, and are removed once they are old."""
 UNUSED_DAYS = 30
-"""After which the cache of a run is removed."""
+"""Days after which the unused cache of a run is removed."""
 SEARCHED = 4096
-"""Characters at the beginning of a prompt and of a response that full text search knows."""
+"""How many characters at the beginning of a prompt and of a response full text search covers."""
 HEAD = 200
-"""Characters of a prompt and of a response that lists show."""
+"""How many characters of a prompt and of a response lists show."""
 MOST_COMPONENTS = 100
 MOST_NAMES = 1000
-"""Of components and rescored rewards: SQLite has 2,000 columns a table."""
+"""Most names of components and rescored rewards: SQLite allows 2,000 columns per table."""
 COLUMNS = {
     "id": "INTEGER PRIMARY KEY", "start": "INTEGER", "bytes": "INTEGER", "step": "INTEGER", "group_id": "TEXT",
     "prompt_id": "TEXT", "sample": "INTEGER", "rank": "TEXT", "reward": "REAL", "advantage": "REAL",
@@ -44,8 +44,8 @@ COLUMNS = {
     "dropped": "TEXT", "valid": "INTEGER", "reason": "TEXT", "set": "TEXT", "kind": "TEXT", "group_size": "INTEGER",
     "group_mean": "REAL", "spread": "REAL", "digits": "REAL", "decoding": "TEXT",
 }  # fmt: skip
-"""`start` and `bytes`: where the row is in the file. `group_mean` and `spread` (largest minus smallest) are of the
-rewards of the whole group, `digits` is their share of the response's characters, `decoding` is of an evaluation."""
+"""`start` and `bytes`: where the row is in the file. `group_mean` and `spread` (largest minus smallest) are those of
+the whole group's rewards, `digits` is the share of digits in the response's characters, `decoding` an evaluation's."""
 _DEFAULTS = {"step": 0, "group_id": "", "prompt_id": "", "sample": 0, "valid": 1, "reason": "", "kind": "training"}
 _CONVERTED: dict[str, Callable[[Any], Any]] = {"INTEGER": whole, "REAL": number, "TEXT": text}
 _NO_DIGITS = str.maketrans("", "", "0123456789")
@@ -62,9 +62,9 @@ CREATE TABLE token_rows (step INTEGER, group_id TEXT, sample INTEGER,
 CREATE VIRTUAL TABLE texts USING fts5 (prompt, response, content='', tokenize='unicode61');
 """
 OPEN = 8
-"""Indexes that a thread has open: each takes two files or three of the 1,024 that a process may have."""
+"""Most indexes that a thread has open: each uses two or three of the 1,024 files that a process may open."""
 _TABLES = ("meta", "rows", "heads", "names", "token_rows")
-"""And `texts`, which is emptied in another way."""
+"""All tables but `texts`, which is emptied in another way."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Indexed:
     """In the order of `COLUMNS`."""
     heads: tuple[str, str]
     texts: tuple[str, str]
-    """Beginnings of prompt and response."""
+    """The beginnings of prompt and response."""
     components: dict[str, float]
 
 
 def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
-    """A line of samples.jsonl as the index keeps it; None for a line that is no row. Older runs lack fields."""
+    """Convert a line of samples.jsonl for the index; None if it is not a row. Rows of older runs lack fields."""
     row = parsed(line)
     if not row:
         return None
@@ -109,12 +109,12 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
 
 
 def _ends(prompt: str) -> str:
-    """Long prompts begin alike: what tells one from the other is often at the end."""
+    """Return the beginning and end of a long prompt: prompts often begin alike and differ at the end."""
     return prompt if len(prompt) <= HEAD else f"{prompt[: HEAD // 2]} … {prompt[-HEAD // 2 :]}"
 
 
 class _Opened(threading.local):
-    """By this thread, the last used at the end."""
+    """Connections opened by this thread, the most recently used last."""
 
     def __init__(self) -> None:
         self.connections: dict[SampleIndex, sqlite3.Connection] = {}
@@ -124,19 +124,19 @@ _opened = _Opened()
 
 
 class SampleIndex:
-    """Of one run folder. Safe in threads; each has its own connection."""
+    """The index of one run folder. Thread-safe; each thread has its own connection."""
 
     def __init__(self, run: Path, cache: Path | None = None) -> None:
         self._run, self._file = run, run / "samples.jsonl"
-        # The machine is part of the name: a home folder on a network is no place for the shared memory of two.
+        # The machine is part of the name: in a networked home folder two machines cannot share SQLite's memory.
         key = hashlib.sha256(f"{FORMAT}:{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
         self._path = (cache or cache_folder()) / f"{key}.sqlite"
         self._following = threading.Lock()
         self._seen: object = None
-        """What the files were when all was indexed."""
+        """State of the files when everything was indexed."""
 
     def connection(self) -> sqlite3.Connection:
-        """This thread's; that of the index it has not used for longest is closed for it."""
+        """Return this thread's connection, closing that of its least recently used index if too many are open."""
         known = _opened.connections
         connection = known.pop(self, None) or _open(self._path)
         known[self] = connection
@@ -145,18 +145,18 @@ class SampleIndex:
         return connection
 
     def close(self) -> None:
-        """Of this thread."""
+        """Close this thread's connection."""
         if connection := _opened.connections.pop(self, None):
             connection.close()
 
     def all(self, query: str, *parameters: Any) -> list[Any]:
-        """The rows of a query; their values alone where it has one column."""
+        """Return the rows of a query, or just the values if it has one column."""
         rows = self.connection().execute(query, parameters).fetchall()
         return [row[0] for row in rows] if rows and len(rows[0]) == 1 else rows
 
     def follow(self, seconds: float = math.inf) -> bool:
-        """Index what is new, for about that long; return whether nothing is left. Another thread or process that is
-        at it is waited for, as long."""
+        """Index what is new, for about this long; return whether nothing is left. Wait as long for another thread or
+        process that is indexing."""
         rescored = sorted((self._run / "rescored").glob("*.jsonl"))
         state = [file_state(path) for path in (self._file, self._run / "tokens", *rescored)]
         if state == self._seen:
@@ -181,7 +181,7 @@ class SampleIndex:
             self._following.release()
 
     def _next_batch(self, connection: sqlite3.Connection, deadline: float) -> bool:
-        """Index some rows; return whether these were the last."""
+        """Index some rows; return whether they were the last."""
         with _transaction(connection, deadline):
             read = read_on(self._file, Position(*_get(connection, "position", Position())))
             if read.restarted:
@@ -205,7 +205,7 @@ class SampleIndex:
             return read.at_end
 
     def _follow_tokens(self, connection: sqlite3.Connection) -> None:
-        """Which samples have token signals. Thinned steps lose theirs."""
+        """Update which samples have token signals; removed files no longer count."""
         files = {path.name: path for path in (self._run / "tokens").glob("step_*.parquet")}
         known = set(_get(connection, "token_files", []))
         if known == files.keys():
@@ -219,7 +219,7 @@ class SampleIndex:
             _set(connection, "token_files", sorted(files))
 
     def _follow_rescored(self, connection: sqlite3.Connection, paths: list[Path]) -> None:
-        """The rewards of rescored/NAME.jsonl, read anew when a file has changed."""
+        """Update the rewards of rescored/NAME.jsonl, which are reread when a file has changed."""
         files = {path.stem: path for path in paths}
         states = {name: file_state(path) for name, path in files.items()}
         known = _get(connection, "rescored_files", {})
@@ -239,7 +239,7 @@ class SampleIndex:
             _set(connection, "rescored_files", states)
 
     def names(self) -> dict[str, dict[str, str]]:
-        """Of the `component`s and of the `rescored` rewards, with the column of `rows` that has each."""
+        """Return `component` and `rescored` -> name of the reward -> its column in `rows`."""
         known: dict[str, dict[str, str]] = {"component": {}, "rescored": {}}
         for key, name in self.all("SELECT key, name FROM names ORDER BY name"):
             family, _, own = name.partition(":")
@@ -247,16 +247,16 @@ class SampleIndex:
         return known
 
     def raw(self, row: int) -> dict[str, Any] | None:
-        """A row of samples.jsonl as it is; None if there is no such row (any more)."""
+        """Return a row of samples.jsonl as it is; None if there is no such row (any more)."""
         for start, size in self.all("SELECT start, bytes FROM rows WHERE id = ?", row):
             with self._file.open("rb") as file:
                 file.seek(start)
-                return parsed(file.read(size)) or None  # none: cut since
+                return parsed(file.read(size)) or None  # None: truncated since
         return None
 
 
 def cache_folder() -> Path:
-    """`XDG_CACHE_HOME/rlkit/view`, for this user alone; a temporary folder where nothing can be written."""
+    """Return `XDG_CACHE_HOME/rlkit/view`, accessible only to this user, or a temporary folder if it is not writable."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlkit" / "view"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def cache_folder() -> Path:
 
 
 def file_state(path: Path) -> list[int] | None:
-    """Another one once the file was written to or replaced; None while it is not there."""
+    """Return a state that changes when the file is written to or replaced; None while it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -302,7 +302,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         path.chmod(0o600)
         if connection.execute("PRAGMA user_version").fetchone() == (0,):
             with _transaction(connection):
-                if connection.execute("PRAGMA user_version").fetchone() == (0,):  # nobody else was faster
+                if connection.execute("PRAGMA user_version").fetchone() == (0,):  # no other process was faster
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.execute("PRAGMA user_version=1")
@@ -314,7 +314,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def _transaction(connection: sqlite3.Connection, deadline: float = math.inf) -> Iterator[None]:
-    """Of a writer; raises sqlite3.OperationalError if another one is at it until the deadline."""
+    """Open a write transaction. Raises sqlite3.OperationalError if another writer is busy until the deadline."""
     left = 30.0 if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
     connection.execute(f"PRAGMA busy_timeout={round(1000 * left)}")
     connection.execute("BEGIN IMMEDIATE")
@@ -327,7 +327,7 @@ def _transaction(connection: sqlite3.Connection, deadline: float = math.inf) -> 
 
 
 def _column(connection: sqlite3.Connection, name: str) -> str | None:
-    """That of `rows` for a name in `names`, made if there is none yet; None if there are too many."""
+    """Return the column in `rows` for a name in `names`, created if needed; None if there are too many."""
     limit = "SELECT ? WHERE (SELECT count(*) FROM names) < ?"
     connection.execute(f"INSERT OR IGNORE INTO names (name) {limit}", (name, MOST_NAMES))
     key = connection.execute("SELECT key FROM names WHERE name = ?", (name,)).fetchone()
@@ -340,7 +340,7 @@ def _column(connection: sqlite3.Connection, name: str) -> str | None:
 
 
 def _rescored(file: Path, place: Mapping[tuple[int, str, int], int]) -> Iterator[tuple[float, int]]:
-    """(reward, row); `place` says which row has a (step, group, sample)."""
+    """Yield (reward, row); `place`: (step, group, sample) -> row."""
     with file.open("rb") as lines:
         for row in map(parsed, lines):
             at = place.get((whole(row.get("step")) or 0, str(row.get("group_id")), whole(row.get("sample")) or 0))

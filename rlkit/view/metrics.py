@@ -1,4 +1,4 @@
-"""metrics.jsonl in columns, read on by offset."""
+"""metrics.jsonl as columns, read incrementally by byte offset."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ AREAS = (
     "accuracy", "reward", "preference", "evaluation", "group", "policy", "kl", "advantage", "length", "environment",
     "mismatch", "staleness", "critic", "prm", "prime", "time", "tokens", "buffer", "weights", "data",
 )  # fmt: skip
-"""First these, then others by name."""
+"""Order of the areas: first these, then the others by name."""
 _NO_METRICS = {"kind", "step", "policy_version", "time", "seconds"}
 
 
 @dataclass
 class Table:
-    """One line per step (of several, the last); columns have a place for each line."""
+    """One line per step (the last, if there are several); columns have an entry per line."""
 
     lines: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -31,12 +31,12 @@ class Table:
         return [number(self.lines[step].get(name)) for step in self.steps]
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) where there is one."""
+        """Return (step, value) where there is a value."""
         return [(step, value) for step in self.steps if (value := number(self.lines[step].get(name))) is not None]
 
 
 class Metrics:
-    """Of one run; `follow` before reading."""
+    """The metrics of one run; call `follow` before reading."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / "metrics.jsonl"
@@ -45,7 +45,7 @@ class Metrics:
         self.training, self.evaluation = Table(), Table()
         self.began: float | None = None
         self.updated: float | None = None
-        """Unix seconds of the first and the last line."""
+        """Unix seconds of the last line; `began`: of the first."""
 
     def follow(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""The questions that can be asked of runs: what http.py, report.py and text.py have in common."""
+"""The queries about runs, which http.py, report.py and text.py share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.view import compare, curves, runs, sample, samples, triage
 from rlkit.view.schema import AboutRun, AboutRuns, Asked, RunList
 
 PATIENCE_SECONDS = 1.0
-"""How long an answer waits for the index of a file that has grown; it goes on in the background."""
+"""How long an answer waits for the index of a file that has grown; indexing continues in the background."""
 
 
 class QuestionError(UserError):
@@ -21,7 +21,7 @@ class QuestionError(UserError):
 
 
 class Question:
-    """A function of a run (AboutRun), of some (AboutRuns) or of all, and of its parameters where it has more."""
+    """A function of one run (AboutRun), of some (AboutRuns) or of all, and of further parameters if it has any."""
 
     def __init__(self, answer: Callable[..., BaseModel]) -> None:
         types = get_type_hints(answer)
@@ -43,7 +43,7 @@ class Question:
 
 
 def _listed(known: runs.Runs, asked: Asked) -> RunList:
-    """All runs, and how they stand."""
+    """Return all runs and their states."""
     del asked
     return known.listed()
 
@@ -71,7 +71,7 @@ QUESTIONS = {f"/api/{name}": Question(answer) for name, answer in _ANSWERS.items
 
 
 def ask(known: runs.Runs, path: str, parameters: Mapping[str, Any]) -> BaseModel:
-    """The answer to a question; empty parameters count as absent.
+    """Answer a query; empty parameters count as absent.
 
     Raises QuestionError for wrong parameters, NotThereError for what does not exist, another UserError otherwise.
     """
@@ -84,7 +84,7 @@ def ask(known: runs.Runs, path: str, parameters: Mapping[str, Any]) -> BaseModel
 
 
 def address(path: str, parameters: Mapping[str, Any]) -> str:
-    """One spelling for equal questions: parameters by name, empty ones left out."""
+    """Return the canonical address of a query: parameters sorted by name, without empty ones."""
     pairs = sorted((name, str(value)) for name, value in parameters.items() if value not in ("", None))
     return f"{path}?{urlencode(pairs)}" if pairs else path
 

@@ -1,9 +1,9 @@
-"""A run as one HTML file: the page with the answers to its questions in it, keyed by their addresses.
+"""A run as one HTML file: the page with the results of its queries embedded, keyed by their addresses.
 
-`<script type="application/gzip" id="report">` holds {"samples", "kept", "results": {ADDRESS: RESULT}} as JSON,
-compressed, in base64: a fifth to a tenth of the text, and nothing in it can end its element.
-Whole groups are kept while there is room: suspects of the triage first, then groups with token signals, then evenly
-over the steps. Metrics of long runs are thinned. What is not kept, the page calls absent, not empty.
+`<script type="application/gzip" id="report">` holds {"samples", "kept", "results": {ADDRESS: RESULT}} as compressed
+JSON in base64: a fifth to a tenth of the size, and nothing in it can end its element.
+Whole groups are kept while there is room: first suspects of the triage, then groups with token signals, then groups
+evenly spread over the steps. Metrics of long runs are thinned. The page shows what is not kept as absent, not empty.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ SCATTERED = ("length", "advantage", "staleness", "correct")
 LOGS = ("config.yaml", "summary.json", "logs/console.log")
 TAIL_BYTES = 65536
 METRICS_SHARE = 0.3
-"""Of the file, at most; beyond that every n-th step is kept."""
+"""Largest share of the file for metrics; if they need more, only every n-th step is kept."""
 SLACK = 4000
-"""Bytes for what the page gets besides, and for what is compressed less well in another order."""
+"""Bytes reserved for the rest of the page, and for data that compress less well in another order."""
 GZIP = 31
-"""zlib's name for the format."""
+"""zlib's `wbits` for the gzip format."""
 DIGITS = 6
-"""Significant ones of numbers in lists."""
+"""Significant digits of numbers in lists."""
 _UNREAD = ("token_ids",)
-"""Fields of rows that nobody reads."""
+"""Fields of rows that the page does not use."""
 
 Group = tuple[int, str]
 Results = dict[str, Any]
 
 
 def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
-    """Write the report; return what to say about it. Raises UserError where there is no page or no run, or where
-    `max_mb` is too little for it."""
+    """Write the report; return lines about it for the user. Raises UserError if there is no page or no run, or if
+    `max_mb` is too small."""
     if not PAGE.is_file():
         raise UserError("this installation has no page (rlkit/view/page.html is missing), so no report can be made")
     runs = Runs([folder])
@@ -75,7 +75,7 @@ def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
 
 
 def with_report(page: str, content: dict[str, Any], title: str) -> str:
-    """The page with its own policy, a title, and the data as a block that no browser runs."""
+    """Return the page with its own policy, a title, and the data in a block that browsers do not execute."""
     allowed = escape(page_policy(page, connect="'none'"))
     policy = f'<meta http-equiv="Content-Security-Policy" content="{allowed}" />'
     packed = zlib.compress(_json(content), wbits=GZIP)
@@ -90,13 +90,13 @@ def _json(value: Any) -> bytes:
 
 
 class _Packed:
-    """How large values become that are compressed one after the other, in bytes of base64."""
+    """The size, in bytes of base64, of values that are compressed one after another."""
 
     def __init__(self) -> None:
         self._stream, self._written, self.size = zlib.compressobj(wbits=GZIP), 0, 0
 
     def with_value(self, value: Any) -> _Packed:
-        """A further one behind those so far, which stay as they are."""
+        """Return the size with another value appended; `self` does not change."""
         longer = copy(self)
         longer._stream = self._stream.copy()
         longer._written += len(longer._stream.compress(_json(value)))
@@ -105,7 +105,7 @@ class _Packed:
 
 
 class _Report:
-    """The results so far, and their size in bytes."""
+    """The results collected so far, and their size in bytes."""
 
     def __init__(self, runs: Runs, run: Run, room: int) -> None:
         self._runs, self._run, self._room = runs, run, room
@@ -136,11 +136,11 @@ class _Report:
         training = result["training"]
         for columns in (training, training["values"]):
             for name in columns.keys() - {"values"}:
-                columns[name] = columns[name][::-1][::n][::-1]  # the last is there
+                columns[name] = columns[name][::-1][::n][::-1]  # keeps the last
         return found
 
     def fill(self) -> tuple[int, int]:
-        """Keep groups while there is room; return the samples kept and those of the run."""
+        """Keep groups while there is room; return the numbers of kept samples and of all samples of the run."""
         rows: list[int] = []
         listed = _Packed()
         for step, group in self._groups():
@@ -164,7 +164,7 @@ class _Report:
         return len(rows), total
 
     def _groups(self) -> Iterator[Group]:
-        """Each group once, the most telling first."""
+        """Yield each group once, the most interesting first."""
         findings = self.results[address("/api/triage", self._asked)]["findings"]
         suspects = [[(row["step"], row["group_id"]) for row in finding["rows"]] for finding in findings]
         recorded = self._run.index.all("SELECT DISTINCT step, group_id FROM token_rows ORDER BY step, group_id")
@@ -175,7 +175,7 @@ class _Report:
         yield from dict.fromkeys(group for group in ordered if group in known)
 
     def _result(self, name: str, asked: dict[str, Any] | None = None) -> Results:
-        """{address: result}."""
+        """Return {address: result}."""
         path, asked = f"/api/{name}", self._asked if asked is None else asked
         return {address(path, asked): _lean(ask(self._runs, path, asked).model_dump(mode="json"))}
 
@@ -185,13 +185,13 @@ class _Report:
 
 
 def _spread(groups: Sequence[Group]) -> list[Group]:
-    """Evenly over the whole, then finer and finer."""
+    """Order groups so that any first part of them is evenly spread over all."""
     order = sorted(range(len(groups)), key=lambda i: int(f"{i:032b}"[::-1], 2))
     return [groups[i] for i in order]
 
 
 def _lean(value: Any) -> Any:
-    """Rows without what nobody reads, numbers in lists rounded, none that JSON does not know."""
+    """Drop unused fields of rows, round numbers in lists, and replace numbers that JSON does not support."""
     if isinstance(value, dict):
         return {key: _lean(own) for key, own in value.items() if key not in _UNREAD}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow: read on by offset, with values that may be missing or odd."""
+"""Growing files of JSON lines: read incrementally by byte offset, with values that may be missing or malformed."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from typing import Any, BinaryIO, NamedTuple
 from rlkit.experience.texts import encodable
 
 CHECKED_BYTES = 1024
-"""Hashed before the place where reading goes on. A resumed run cuts its files and writes on, perhaps beyond that
-place; a copy that is synchronised anew has another inode and the same beginning."""
+"""Bytes before the current offset that are hashed to detect a changed file. A resumed run truncates its files and may
+then write beyond this offset; a copy that is synchronised again has another inode and the same beginning."""
 
 
 class Position(NamedTuple):
     offset: int = 0
     number: int = 0
-    """Lines before it."""
+    """Number of lines before the offset."""
     check: str = ""
 
 
 @dataclass(frozen=True)
 class Read:
     lines: list[tuple[int, bytes]]
-    """(offset, line without its end) of whole lines alone."""
+    """(offset, line without its end) of complete lines only."""
     position: Position
     restarted: bool
-    """The file is another one, or was cut: these lines are its first."""
+    """Whether the file was replaced or truncated, so that these lines are its first."""
     at_end: bool
-    """Nothing but half a line is left."""
+    """Whether at most an incomplete line is left."""
 
 
 def read_on(path: Path, position: Position, at_most: int = 4 * 2**20) -> Read:
-    """The next whole lines, about `at_most` bytes of them. A file that is not there is empty."""
+    """Read the next complete lines, about `at_most` bytes of them. A missing file counts as empty."""
     try:
         with path.open("rb") as file:
             restarted = _check(file, position.offset) != position.check
@@ -57,7 +57,7 @@ def read_on(path: Path, position: Position, at_most: int = 4 * 2**20) -> Read:
 
 
 def _check(file: BinaryIO, offset: int) -> str:
-    """Of what stands before `offset`; of a shorter file something else."""
+    """Return a hash of the bytes before `offset`; for a shorter file, a text that differs from any hash."""
     if offset == 0:
         return ""
     start = max(0, offset - CHECKED_BYTES)
@@ -67,7 +67,7 @@ def _check(file: BinaryIO, offset: int) -> str:
 
 
 def parsed(line: bytes) -> dict[str, Any]:
-    """Empty for what is no JSON object."""
+    """Return the JSON object in a line; empty for anything else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -76,7 +76,7 @@ def parsed(line: bytes) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     try:
         result = float(value) if isinstance(value, (int, float)) else math.nan
     except OverflowError:
@@ -85,7 +85,7 @@ def number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number of at most 53 bits, or None."""
+    """Return an integer of at most 53 bits, or None."""
     result = number(value)
     return None if result is None or abs(result) > 2**53 else int(result)
 
@@ -99,7 +99,7 @@ def listed(value: Any) -> list[Any]:
 
 
 def said(prompt: Any, last: bool = False) -> str:
-    """The text of a prompt (messages), or of its last message alone; of a response."""
+    """Return the text of a response or of a prompt (messages), or only that of its last message."""
     if not isinstance(prompt, str):
         texts = [str(m.get("content") or "") for m in listed(prompt) if isinstance(m, Mapping)]
         prompt = "\n".join(texts[-1:] if last else texts)

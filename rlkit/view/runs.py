@@ -1,4 +1,4 @@
-"""Run folders as the viewer knows them: what each run is, how it stands, and its files that people read."""
+"""Run folders in the viewer: what each run is, its state, and its human-readable files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from rlkit.view.schema import AboutRun, FileInfo, FilesResult, Has, LogResult, R
 State = Literal["running", "ended", "silent"]
 T = TypeVar("T")
 SILENT_SECONDS = 120.0
-"""Without a new line for so long, or for ten steps, a run whose lock nobody on this machine holds is silent."""
+"""A run is silent if no process on this machine holds its lock and no line was added for this long or ten steps."""
 LISTING_SECONDS = 0.1
-"""How long a list of runs waits for the index of each."""
+"""How long a list of runs waits for the index of each run."""
 LOCKS = Path("/proc/locks")
 
 
 class NotThereError(UserError):
-    """A run, row or file that does not exist (any more): the message names it."""
+    """A run, row or file does not exist (any more); the message names it."""
 
 
 class Run:
-    """One run folder, read only."""
+    """One run folder, read-only."""
 
     def __init__(self, run_id: str, path: Path) -> None:
         self.id, self.path = run_id, path
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def metrics(self) -> Metrics:
-        """Up to date."""
+        """The run's metrics, up to date."""
         self._metrics.follow()
         return self._metrics
 
     def _kept(self, name: str, state: object, make: Callable[[], T]) -> T:
-        """What `make` returned, as long as the state is the same."""
+        """Return the cached result of `make` as long as the state is the same."""
         known = self._remembered.get(name)
         if known is None or known[0] != state:
             known = self._remembered[name] = (state, make())
@@ -65,17 +65,17 @@ class Run:
         return result
 
     def remembered(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` returns of the run, until it or its index has grown or was cut; for what takes long."""
+        """Return the result of a slow `make`, cached until the run or its index changes."""
         return self._kept(name, (self.stamp(), self.index.all("SELECT value FROM meta ORDER BY key")), make)
 
     def stamp(self) -> list[object]:
-        """Changes whenever the run grows, is cut, or ends."""
+        """Return a value that changes whenever the run grows, is truncated, or ends."""
         files = [self.path / name for name in ("metrics.jsonl", "samples.jsonl", "summary.json")]
         return [file_state(file) for file in (*files, *sorted(self.path.glob("rescored/*.jsonl")))]
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.yaml as plain data; empty where there is none."""
+        """config.yaml as plain data; empty if there is none."""
         return self._kept("config", file_state(self.path / "config.yaml"), self._config)
 
     def _config(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Run:
         return loaded if isinstance(loaded, dict) else {}
 
     def option(self, key: str, default: Any = None) -> Any:
-        """The value at a dotted key of config.yaml."""
+        """Return the value at a dotted key of config.yaml."""
         value: Any = self.config
         for name in key.split("."):
             if not isinstance(value, Mapping) or name not in value:
@@ -96,14 +96,14 @@ class Run:
         return value
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """summary.json or results.json; None while there is none."""
+        """Return the content of summary.json or results.json; None while there is none."""
         try:
             return parsed((self.path / name).read_bytes())
         except OSError:
             return None
 
     def state(self) -> tuple[State, str]:
-        """And in words."""
+        """Return the state, and its description."""
         metrics, total, summary = self.metrics, self.total_steps, self.read("summary.json")
         of = f"{metrics.step} of {total}" if total else f"{metrics.step}"
         if summary is not None:
@@ -127,7 +127,7 @@ class Run:
         return (self.path / "results.json").exists()
 
     def seconds_per_step(self) -> float | None:
-        """Of the last twenty steps: the middle one."""
+        """The median of the last twenty steps."""
         seconds = sorted(value for _, value in self._metrics.training.points("time/step")[-20:])
         return seconds[len(seconds) // 2] if seconds else None
 
@@ -172,26 +172,26 @@ class Run:
         return row
 
     def files(self) -> dict[str, Path]:
-        """Those that people read. Regular files only: a link could lead out of the folder."""
+        """Return path -> human-readable file. Regular files only: a link could lead out of the folder."""
         found = [self.path / name for name in ("config.yaml", "summary.json", "results.json")]
         found += [file for file in sorted((self.path / "logs").glob("*")) if file.name != "lock"]
         return {str(file.relative_to(self.path)): file for file in found if file.is_file() and not file.is_symlink()}
 
 
 def files(run: Run) -> FilesResult:
-    """Logs, and what describes the run."""
+    """List logs and the files that describe the run."""
     states = [(path, file.stat()) for path, file in run.files().items()]
     return FilesResult(files=[FileInfo(path=path, bytes=s.st_size, modified=s.st_mtime) for path, s in states])
 
 
 class LogAsked(AboutRun):
     path: str
-    """One of /api/files."""
+    """A path from /api/files."""
     tail_bytes: int = Field(default=65536, ge=1, le=2**22)
 
 
 def log(run: Run, asked: LogAsked) -> LogResult:
-    """The last bytes of a file. Raises NotThereError for a path that is not listed."""
+    """Return the last bytes of a file. Raises NotThereError for a path that is not listed."""
     file = run.files().get(asked.path)
     if file is None:
         raise NotThereError(f"path={asked.path}: not a file that /api/files lists for run {run.id!r}")
@@ -210,8 +210,8 @@ def results(run: Run) -> Results:
 
 
 class Runs:
-    """The runs of some folders: each is a run, or holds runs. While it lasts, new ones are found and those
-    whose folder is removed are dropped."""
+    """The runs in some folders, each of which is a run or holds runs. New runs are found later, and runs whose folders
+    are removed are dropped."""
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         """Raises UserError for a folder without a run."""
@@ -230,21 +230,21 @@ class Runs:
             self._runs = {path: run for path, run in self._runs.items() if path.is_dir()}
             for path in (path for folder in self._folders for path in _runs_in(folder)):
                 if path not in self._runs:
-                    # A comma stands between runs in addresses.
+                    # A comma separates runs in addresses.
                     name, taken = path.name.replace(",", ";") or "run", {run.id for run in self._runs.values()}
                     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
                     self._runs[path] = Run(next(free for free in names if free not in taken), path)
             return list(self._runs.values())
 
     def get(self, run_id: str) -> Run:
-        """Its index may lag behind a long file. Raises NotThereError."""
+        """Return a run, whose index may lag behind a long file. Raises NotThereError."""
         known = {run.id: run for run in self.all()}
         if run_id not in known:
             raise NotThereError(f"no run {run_id!r}; there are {', '.join(known) or 'none'}")
         return known[run_id]
 
     def listed(self) -> RunList:
-        """All runs, and how they stand. One that cannot be read hides no other."""
+        """Return all runs and their states. An unreadable run does not hide the others."""
         infos = []
         for run in self.all():
             try:
@@ -257,7 +257,7 @@ class Runs:
 
 
 def _runs_in(folder: Path, levels: int = 2) -> list[Path]:
-    """The folder, if it is a run; else the runs in it, and those one level below."""
+    """Return the folder itself if it is a run, else the runs in it and one level below."""
     if any((folder / name).is_file() for name in ("metrics.jsonl", "samples.jsonl", "results.json")):
         return [folder]
     if not levels:
@@ -270,7 +270,7 @@ def _runs_in(folder: Path, levels: int = 2) -> list[Path]:
 
 
 def _locked(lock: Path) -> bool:
-    """Whether a process of this machine holds it. Asking the lock itself could refuse it to a run that begins."""
+    """Whether a process on this machine holds the lock. Trying to take it could block a run that is starting."""
     try:
         inode = str(lock.stat().st_ino)
         held = [line.split() for line in LOCKS.read_text().splitlines()]

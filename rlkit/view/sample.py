@@ -1,4 +1,4 @@
-"""One sample: its group, its tokens, and which component of a combined reward brought how much."""
+"""One sample: its group, its tokens, and the contribution of each component of a combined reward."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlkit.view.runs import NotThereError, Run
 from rlkit.view.samples import summaries
 
 ADDED_UP = 1e-3
-"""Relative: rewards are rounded in no run, components neither."""
+"""Relative tolerance: neither rewards nor components are rounded in a run."""
 ADDING = ("sum", "mean")
-"""Rules under which a reward is the sum of what its parts bring."""
+"""Rules under which a reward is the sum of its parts' contributions."""
 
 
 class SampleAsked(schema.AboutRun):
@@ -35,7 +35,7 @@ def sample(run: Run, asked: SampleAsked) -> schema.SampleResult:
     members = _members(run, summary, row)
     kept = sorted({asked.id, *(member.id for member in members if member.id is not None)})
     at = kept.index(asked.id)
-    # The neighbours are of the group; at its ends, of the file.
+    # The neighbours are those in the group; at its ends, those in the file.
     ((before, after),) = run.index.all(
         "SELECT (SELECT max(id) FROM rows WHERE id < ?), (SELECT min(id) FROM rows WHERE id > ?)", kept[0], kept[-1]
     )
@@ -79,7 +79,7 @@ def _members(run: Run, summary: schema.SampleSummary, row: dict[str, Any]) -> li
 
 
 def _kept(run: Run, step: int, group: str, kind: str) -> dict[int, tuple[int, float | None, str | None]]:
-    """Sample -> (id, reward, rank) of the rows of a group."""
+    """Return sample -> (id, reward, rank) for the rows of a group."""
     query = "SELECT sample, id, reward, rank FROM rows WHERE step = ? AND group_id = ? AND kind = ? ORDER BY sample, id"
     return {sample_: more for sample_, *more in run.index.all(query, step, group, kind)}
 
@@ -90,7 +90,7 @@ class GroupAsked(schema.AboutRun):
 
 
 def group(run: Run, asked: GroupAsked) -> schema.GroupResult:
-    """Of a group that was recorded both in training and in an evaluation, the training rows."""
+    """Return a group; if it was recorded both in training and in an evaluation, the training rows."""
     kept = _kept(run, asked.step, asked.group, "training") or _kept(run, asked.step, asked.group, "evaluation")
     rows = [{**row, "id": id_} for id_, _, _ in kept.values() if (row := run.index.raw(id_)) is not None]
     if not rows:
@@ -115,7 +115,7 @@ def group(run: Run, asked: GroupAsked) -> schema.GroupResult:
 
 class TokensAsked(SampleAsked):
     signals: str = ""
-    """Separated by commas; empty: all."""
+    """Names of signals, separated by commas; empty: all."""
     from_: schema.Whole = Field(default=0, alias="from")
     to: schema.Whole | None = None
 
@@ -133,9 +133,9 @@ def tokens_of(run: Run, asked: TokensAsked) -> schema.TokensResult:
 def account(
     components: Mapping[str, float | None], reward: float | None, options: Mapping[str, Any]
 ) -> tuple[list[schema.Part], str]:
-    """A sample's parts, and in words whether they add up; `options` is the section `reward` of the configuration.
+    """Return a sample's parts, and a note on whether they add up. `options`: the section `reward` of the configuration.
 
-    A part of a sum brings weight x value, of a mean divided by the sum of the weights; a shaped part counts as shaped.
+    A part contributes weight x value, in a mean divided by the sum of the weights; a shaped part counts as shaped.
     """
     weights = part_weights(options)
     rule = rule_of(options)
@@ -154,7 +154,7 @@ def account(
 
 
 def rule_of(options: Mapping[str, Any]) -> str:
-    """How the parts of the section `reward` are combined."""
+    """Return the rule that combines the parts of the section `reward`."""
     rule = options.get("combine", "sum")
     return str(rule.get("kind", "sum") if isinstance(rule, Mapping) else rule)
 
@@ -173,7 +173,7 @@ def _account_note(components: Mapping[str, float | None], reward: float | None, 
 
 
 def part_weights(options: Mapping[str, Any]) -> dict[str, float]:
-    """Of a combined reward; empty for any other."""
+    """Return the weights of a combined reward's parts; empty for any other reward."""
     parts = options.get("parts")
     if not isinstance(parts, Mapping):
         return {}

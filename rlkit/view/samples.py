@@ -1,4 +1,4 @@
-"""Samples by the index: a sorted and filtered list, histograms, a scatter plot, distributions over steps."""
+"""Samples from the index: a sorted and filtered list, histograms, a scatter plot, distributions over steps."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rlkit.view.runs import Run
 
 MOST_ROWS = 1000
 MOST_COLUMNS = 200
-"""Of a distribution over steps; more steps are merged."""
+"""Most columns of a distribution over steps; if there are more steps, they are merged."""
 SHOWN = [name for name in schema.SampleSummary.model_fields if name in COLUMNS]
 _COLUMNS = threading.Lock()
-"""Held to read columns: sqlite3 gives Python's lock away at each row, and threads side by side take twice as long as
-one after the other."""
+"""Held while reading columns: sqlite3 releases the GIL at each row, so threads in parallel take twice as long as one
+after another."""
 _TERM = re.compile(r'"([^"]*)"?|(\S+)')
 
 
@@ -36,28 +36,28 @@ class Restricted(schema.AboutRun):
     step: schema.Whole | None = None
     from_step: schema.Whole | None = None
     to_step: schema.Whole | None = None
-    """Included."""
+    """The last step, inclusive."""
     filter: str = ""
     """An expression of rlkit/view/filter.py."""
     within: str = ""
-    """Another one, which must hold, too: what a person typed stays apart, so that an error points into it."""
+    """A second expression that must also hold: keeping the user's own expression separate lets errors point into it."""
     q: str = ""
-    """Words and "phrases" that prompt or response must have."""
+    """Words and "phrases" that the prompt or the response must contain."""
     group: str = ""
     prompt_id: str = ""
 
 
 class SamplesAsked(Restricted):
     sort: str = "id"
-    """A number: `reward`, `component:NAME`, `rescored:NAME`."""
+    """A numeric field: `reward`, `component:NAME`, `rescored:NAME`."""
     order: Literal["asc", "desc"] = "asc"
-    """Unknown numbers come last in either."""
+    """Unknown numbers come last in either order."""
     cursor: str = ""
     limit: int = Field(default=100, ge=1, le=MOST_ROWS)
 
 
 def samples(run: Run, asked: SamplesAsked) -> schema.SamplesResult:
-    """A page of the list. Raises FilterError for a wrong filter or column."""
+    """Return a page of the list. Raises FilterError for a wrong filter or column."""
     key, where = _number(run, asked.sort), _where(run, asked)
     (total,) = run.index.all(f"SELECT count(*) FROM rows WHERE {where.text}", *where.parameters)
     after = _after(asked.cursor, key, asked.order)
@@ -73,7 +73,7 @@ def samples(run: Run, asked: SamplesAsked) -> schema.SamplesResult:
 
 
 def _after(cursor: str, key: str, order: str) -> Sql:
-    """What comes behind the last row of a page: keys beyond its key, equal ones by id, then those without a key."""
+    """Return the condition for the rows after a page: keys beyond its last key, equal ones by id, then missing keys."""
     if not cursor:
         return Sql("1")
     try:
@@ -88,7 +88,7 @@ def _after(cursor: str, key: str, order: str) -> Sql:
 
 
 def summaries(run: Run, ids: Sequence[int]) -> list[schema.SampleSummary]:
-    """Of these rows, in this order; rows that are gone are left out."""
+    """Return summaries of these rows, in this order; rows that no longer exist are left out."""
     places = ", ".join("?" * len(ids))
     names = run.index.names()
     columns = ", ".join(f'rows."{name}"' for name in SHOWN)
@@ -111,7 +111,7 @@ def summaries(run: Run, ids: Sequence[int]) -> list[schema.SampleSummary]:
 
 
 def columns(run: Run, names: Sequence[str], asked: Restricted) -> list[np.ndarray]:
-    """Numbers [N] of the chosen samples in the order of the file, one array per name; unknown: NaN."""
+    """Return numbers [N] of the chosen samples in the order of the file, one array per name; unknown: NaN."""
     keys, where = [_number(run, name) for name in names], _where(run, asked)
     known = ", ".join(f"ifnull({key}, 9e999)" for key in keys)  # no recorded number is infinite
     query = f"SELECT {known} FROM rows WHERE {where.text} ORDER BY id"
@@ -127,7 +127,7 @@ class HistogramAsked(Restricted):
 
 
 def histogram(run: Run, asked: HistogramAsked) -> schema.HistogramResult:
-    """Of finite numbers; edges are those of all chosen samples."""
+    """Return a histogram of the finite numbers of the chosen samples."""
     (values,) = columns(run, [asked.key], asked)
     known = values[np.isfinite(values)]
     edges = _edges(known, asked.bins)
@@ -137,7 +137,7 @@ def histogram(run: Run, asked: HistogramAsked) -> schema.HistogramResult:
 
 
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:
-    """Of bins; of whole numbers in a small range, one bin each."""
+    """Return the edges of bins; whole numbers in a small range get one bin each."""
     if not len(values):
         return np.zeros(0)
     low, high = float(values.min()), float(values.max())
@@ -153,7 +153,7 @@ class ScatterAsked(Restricted):
 
 
 def scatter(run: Run, asked: ScatterAsked) -> schema.ScatterResult:
-    """At most `limit` points: of more, every n-th."""
+    """Return at most `limit` points; if there are more, every n-th."""
     x, y, ids = columns(run, [asked.x, asked.y, "id"], asked)
     known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     chosen = known[np.linspace(0, max(0, len(known) - 1), min(len(known), asked.limit)).astype(np.int64)]
@@ -167,8 +167,8 @@ class DistributionAsked(schema.AboutRun):
 
 
 def distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResult:
-    """A histogram of each step, all with the same edges; of training samples, or of an evaluation's. `entropy`: of
-    tokens, where recorded."""
+    """Return a histogram per step, all with the same edges, of training or evaluated samples. `entropy` is that of
+    tokens, if recorded."""
     return run.remembered(f"distribution {asked.bins} {asked.key}", partial(_distribution, run, asked))
 
 
@@ -194,7 +194,7 @@ def _distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResu
 
 
 def _number(run: Run, name: str) -> str:
-    """The SQL of a column of numbers. Raises FilterError."""
+    """Return the SQL of a numeric column. Raises FilterError."""
     sql = field(name, run.index.names())
     if sql.kind == "text":
         raise FilterError(0, f"{name} is a text, not a number")
@@ -213,7 +213,7 @@ def _where(run: Run, asked: Restricted) -> Sql:
 
 
 def _search(text: str) -> str:
-    """Words and "phrases", all of which must be there, in the language of FTS5; a word may end in `*`."""
+    """Translate words and "phrases", all of which must occur, to FTS5 syntax; a word may end in `*`."""
     terms = []
     for phrase, word in _TERM.findall(text):
         start = word.endswith("*")

@@ -1,6 +1,6 @@
-"""What the viewer answers: one model per result. `/api/schema` is made of these, and the page's types mirror them.
+"""The viewer's results: one model per result. `/api/schema` is generated from them, and the page's types mirror them.
 
-A number that is not finite, or unknown, is null. Rows of samples.jsonl travel raw, as they were written.
+A number that is not finite, or unknown, is null. Rows of samples.jsonl are passed on as they were written.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 Number = float | None
 Numbers = list[Number]
 Row = dict[str, Any]
-"""A line of samples.jsonl as it is, and `id`, its number in the file."""
+"""A line of samples.jsonl as it is, plus `id`, its number in the file."""
 
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 
 
 class Asked(BaseModel):
-    """Any question: its fields are the parameters of its address, an unknown one is refused. Those of a question stand
-    beside the function that answers it."""
+    """Any query. Its fields are the parameters of its address; unknown ones are refused. The models of queries are next
+    to the functions that answer them."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
 
 
 class AboutRun(Asked):
     run: str
-    """A run's id, as /api/runs lists it."""
+    """The id of a run, as listed by /api/runs."""
 
 
 class AboutRuns(Asked):
@@ -36,7 +36,7 @@ class AboutRuns(Asked):
 
 
 class Result(BaseModel):
-    """Any answer. Fields that JSON calls by a Python keyword (`from`) have an alias."""
+    """Any result. Fields whose JSON name is a Python keyword (`from`) have an alias."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
 
@@ -68,14 +68,14 @@ class RunInfo(Result):
     """Unix seconds; `updated` likewise."""
     updated: Number = None
     samples: int = 0
-    """Rows of samples.jsonl that are indexed; the index follows the file."""
+    """Number of indexed rows of samples.jsonl; the index follows the file."""
     kept_groups: int = 0
     has: Has = Has()
 
 
 class RunList(Result):
     rlkit: str
-    """Version."""
+    """The version of rlkit."""
     runs: list[RunInfo]
 
 
@@ -85,7 +85,7 @@ class Series(Result):
     step: list[int]
     seconds: Numbers
     samples: Numbers
-    """Responses sampled up to this line, those of rejected groups included."""
+    """Responses sampled up to this line, including those of rejected groups."""
     values: dict[str, Numbers]
 
 
@@ -99,7 +99,7 @@ class MetricsResult(Result):
 
 class Tile(Result):
     name: str
-    """The metric behind it."""
+    """The metric that it shows."""
     title: str
     value: Number
     first: Number
@@ -124,7 +124,7 @@ class Light(Result):
     remedy: str
     metrics: list[str]
     steps: list[int]
-    """Where the state held."""
+    """Steps at which the state held."""
 
 
 class Progress(Result):
@@ -192,7 +192,7 @@ class HistogramResult(Result):
 
 
 class GroupMember(Result):
-    """`id` is null for a sample of the group that is not in samples.jsonl."""
+    """A sample of a group; `id` is null if it is not in samples.jsonl."""
 
     id: int | None
     sample: int
@@ -206,7 +206,7 @@ class TokensAbout(Result):
 
 
 class Part(Result):
-    """One component's share of a reward: `contribution` = `weight` x `value` where the weight is known."""
+    """One component's share of a reward: `contribution` = `weight` x `value` if the weight is known."""
 
     name: str
     value: Number
@@ -221,14 +221,14 @@ class SampleResult(Result):
     tokens: TokensAbout | None
     account: list[Part]
     account_note: str
-    """Whether the contributions add up to the reward, and why not."""
+    """Whether the contributions add up to the reward, and if not, why."""
     previous: int | None
-    """Of the same group, else of the file; `next` likewise."""
+    """The previous sample in the group, else in the file; `next` likewise."""
     next: int | None
 
 
 class Range(Result):
-    """Of one signal over the whole sample."""
+    """The range of a signal over the whole sample."""
 
     low: Number
     high: Number
@@ -255,7 +255,7 @@ class GroupResult(Result):
     answer: Any
     references: list[str]
     rewards: Numbers
-    """By sample; null: invalid, or not recorded."""
+    """Rewards by sample; null: invalid, or not recorded."""
     rows: list[Row]
     equal: bool
     dropped: str | None
@@ -293,13 +293,13 @@ class Finding(Result):
     evidence: list[Evidence]
     metrics: list[str]
     rows: list[Suspect] = []
-    """Where samples are what was seen."""
+    """Samples that show the finding, if samples can."""
     filter: str | None = None
-    """An expression that lists its samples."""
+    """A filter that lists its samples."""
 
 
 class Missing(Result):
-    """What could not be looked at: a sign in words, and the reason."""
+    """A sign that could not be checked, in words, and the reason."""
 
     id: str
     why: str
@@ -307,7 +307,7 @@ class Missing(Result):
 
 class TriageResult(Result):
     verifier: bool
-    """Whether an independent verdict is there."""
+    """Whether there are independent verdicts."""
     findings: list[Finding]
     missing: list[Missing]
 
@@ -326,10 +326,10 @@ class ConfigResult(Result):
 class ComparedMetric(Result):
     name: str
     values: Numbers
-    """The last of each run."""
+    """The last value of each run."""
     best: Numbers
     difference: Number
-    """Last run of the two minus the first; with an interval of 95 % where there are pairs."""
+    """The last run's value minus the first's, with a 95 % interval if there are pairs."""
     low: Number
     high: Number
     paired: int
@@ -340,7 +340,7 @@ class ComparedPrompt(Result):
     prompt_id: str
     prompt_head: str
     ids: list[list[int]]
-    """Per run."""
+    """Ids of samples per run."""
     rewards: list[Numbers]
 
 
@@ -356,7 +356,7 @@ class TimeResult(Result):
     seconds: dict[str, Numbers]
     step_seconds: Numbers
     overlap: Numbers
-    """Seconds of phases beyond those of the step: they ran beside each other."""
+    """Seconds by which the phases exceed the step, because they ran in parallel."""
     tokens_per_second: Numbers
     idle: dict[str, Numbers]
     """`learner` and `engine`."""

@@ -30,7 +30,7 @@ def show(runs: Runs, console: Console | None = None) -> None:
 
 
 def rendered(run: Run, ascii_only: bool) -> Iterable[RenderableType]:
-    """What is known of a run: state, numbers and their change, lights, suspicions, the last samples."""
+    """Yield the overview of a run: state, numbers and their changes, lights, suspicions, the last samples."""
     info, over = run.info(), overview(run)
     yield Rule(Text(f"{info.id}  ", style="bold"), align="left", characters="-" if ascii_only else "─")
     left = over.progress.remaining_seconds

@@ -1,4 +1,4 @@
-"""The signals of single tokens: tokens/step_NNNNNN.parquet."""
+"""Per-token signals: tokens/step_NNNNNN.parquet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlkit.view.schema import Range, TokensResult
 
 WINDOW = 4096
 MOST_FILES = 60
-"""Read for a distribution over steps."""
+"""Most files read for a distribution over steps."""
 MEANINGS = {
     "logprob_sampler": "log-probability of the token when it was sampled",
     "logprob_learner": "log-probability under the learner's weights at the start of the step",
@@ -32,12 +32,12 @@ MEANINGS = {
 }
 SIGNED = ("advantage", "process_reward", "value", "mismatch", "kl")
 DIFFERENCES = {"mismatch": ("logprob_learner", "logprob_sampler"), "kl": ("logprob_learner", "logprob_reference")}
-"""Signals that are the difference of two recorded ones."""
+"""Signals that are the difference between two recorded ones."""
 _PLACE = ("group_id", "sample", "token_id", "piece", "mask", "version")
 
 
 class Place(NamedTuple):
-    """Of a sample in a run."""
+    """The position of a sample in a run."""
 
     step: int
     group_id: str
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def samples_in(file: Path) -> list[tuple[str, int]]:
-    """(group, sample) of each row; none if the file cannot be read (any more)."""
+    """Return (group, sample) of each row; none if the file cannot be read (any more)."""
     try:
         table = parquet.ParquetFile(file).read(["group_id", "sample"])
     except (OSError, ArrowException):
@@ -54,7 +54,7 @@ def samples_in(file: Path) -> list[tuple[str, int]]:
 
 
 def token_row(run: Path, place: Place) -> dict[str, Any] | None:
-    """All columns of a sample; None where they were not recorded."""
+    """Return all columns of a sample; None if they were not recorded."""
     file = run / "tokens" / f"step_{place.step:06d}.parquet"
     try:
         at = samples_in(file).index((place.group_id, place.sample))
@@ -69,12 +69,12 @@ def signals_of(row: dict[str, Any]) -> list[str]:
 
 
 def tokens_result(row: dict[str, Any], signals: list[str] | None, first: int, last: int | None) -> TokensResult:
-    """Tokens [first, last) of a row, at most `WINDOW`; ranges are of the whole sample."""
+    """Return tokens [first, last) of a row, at most `WINDOW`; ranges are those of the whole sample."""
     total = len(row["token_id"])
     start = min(max(first, 0), total)
     end = min(total if last is None else max(last, start), start + WINDOW, total)
     chosen = {name: _values(row, name) for name in signals_of(row) if signals is None or name in signals}
-    texts = row.get("piece")  # of a run without texts, the ids
+    texts = row.get("piece")  # in a run without texts, show the ids
     pieces = [f"{token} " for token in row["token_id"]] if texts is None else [piece or "" for piece in texts]
     return TokensResult(
         from_=start,
@@ -103,7 +103,7 @@ def _range(name: str, values: list[float | None]) -> Range:
 
 
 def recorded(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A signal of all trained tokens that were recorded, and the step of each; of many steps, evenly chosen ones."""
+    """Return a signal of all recorded trained tokens, and the step of each; if steps are many, evenly chosen ones."""
     steps, values = [np.zeros(0)], [np.zeros(0)]
     for step, table in _tables(run, name):
         trained = table["mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
@@ -114,7 +114,7 @@ def recorded(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def of_samples(run: Path, name: str) -> list[np.ndarray]:
-    """The same, one array for each sample."""
+    """Return the same as `recorded`, with one array per sample."""
     samples = []
     for _, table in _tables(run, name):
         for mask, own in zip(table["mask"], table[name], strict=True):
@@ -123,18 +123,18 @@ def of_samples(run: Path, name: str) -> list[np.ndarray]:
 
 
 def load() -> None:
-    """What pyarrow imports at its first table takes half a second: before somebody waits for it. Then, microseconds."""
+    """Trigger pyarrow's imports, which take half a second at its first table, before anyone waits for them."""
     table = pa.table({"values": [[0.5], None]})
     table.filter(table["values"].is_valid())["values"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _tables(run: Path, name: str) -> Iterator[tuple[int, Any]]:
-    """(step, rows that have the signal) of at most `MOST_FILES` files."""
+    """Yield (step, rows that have the signal) of at most `MOST_FILES` files."""
     files = sorted((run / "tokens").glob("step_*.parquet"))
     for i in sorted({round(place) for place in np.linspace(0, len(files) - 1, min(len(files), MOST_FILES))}):
         try:
             table = parquet.ParquetFile(files[i]).read(["mask", name])
-        except (OSError, ArrowException):  # thinned since, or without this signal
+        except (OSError, ArrowException):  # removed since, or without this signal
             continue
         if name in table.column_names:
             yield int(files[i].stem.removeprefix("step_")), table.filter(table[name].is_valid())

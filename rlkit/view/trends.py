@@ -1,5 +1,5 @@
-"""What numbers and words of many samples say: slopes, differences and correlations with intervals of 95 %, shares of a
-spread, phrases of the best answers. Pure functions; arrays have one entry per sample."""
+"""Statistics of the numbers and words of many samples: slopes, differences and correlations with 95 % intervals, shares
+of variance, phrases of the best answers. Pure functions; arrays have one entry per sample."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlkit.experience.statistics import student_t
 Points = Sequence[tuple[int, float]]
 LEAST_POINTS = 5
 SHORTEST, LONGEST = 2, 6
-"""Words of a phrase."""
+"""Fewest and most words of a phrase."""
 LEAST_Z = 3.0
 LEAST_SHARE = 0.1
-"""Of the best answers that have a phrase: rarer ones are no habit."""
+"""Smallest share of the best answers that must have a phrase; a rarer one is not a habit."""
 PRIOR = 10.0
-"""Weight, in answers, of what was common at the start; what was not counts as one answer."""
+"""Weight of the prior from the first answers, in answers; a phrase that they lack counts as one answer."""
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -38,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Together:
-    """How much two metrics change over the same steps: by straight lines through them."""
+    """How much two metrics change over the same steps, by straight lines fitted to them."""
 
     first: Interval
     second: Interval
@@ -52,15 +52,15 @@ def _around(value: float, error: float, freedom: int) -> Interval:
 
 
 def _inflation(rest: np.ndarray) -> float:
-    """What the variance is multiplied by because values of neighbouring steps are alike: (1 + r) / (1 - r), r their
-    correlation at lag one where it is positive."""
+    """Return the factor by which autocorrelation of neighbouring steps increases the variance: (1 + r) / (1 - r), where
+    r is the correlation at lag one, if positive."""
     size = float(rest @ rest)
     lag = float(rest[1:] @ rest[:-1]) / size if size > 0 else 0.0
     return (1 + lag) / (1 - lag) if 0 < lag < 1 else 1.0
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> Interval | None:
-    """Least squares over steps; None with fewer than three points or equal x."""
+    """Fit a slope over steps by least squares; None with fewer than three points or if all x are equal."""
     n = len(x)
     if n < 3 or np.ptp(x) == 0:
         return None
@@ -72,7 +72,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> Interval | None:
 
 
 def together(first: Points, second: Points, share: float = 1 / 3) -> Together | None:
-    """Changes of both over the last `share` of the steps (at least `LEAST_POINTS` points of the one with fewer)."""
+    """Return the changes of both over the last `share` of the steps (at least `LEAST_POINTS` points of each)."""
     if len(first) < LEAST_POINTS or len(second) < LEAST_POINTS:
         return None
     last, begin = max(first[-1][0], second[-1][0]), min(first[0][0], second[0][0])
@@ -87,7 +87,7 @@ def together(first: Points, second: Points, share: float = 1 / 3) -> Together | 
 
 
 def mean_difference(differences: np.ndarray, of_steps: bool = False) -> Interval | None:
-    """Of pairs; None for fewer than two. `of_steps`: of neighbouring ones, which are alike."""
+    """Return the mean difference of pairs; None for fewer than two. `of_steps`: steps in order, thus autocorrelated."""
     n = len(differences)
     if n < 2:
         return None
@@ -98,11 +98,11 @@ def mean_difference(differences: np.ndarray, of_steps: bool = False) -> Interval
 
 
 def correlation(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> Interval | None:
-    """Pearson's; None for fewer than ten groups or where one does not vary. NaN are left out.
+    """Return Pearson's correlation; None for fewer than ten groups or if x or y does not vary. NaN are left out.
 
-    `group`: number of each pair's group, whose pairs may depend on each other: minus their group's mean, two answers
-    count as one. The interval is Fisher's, but its standard error is that of the groups' sums of influence values,
-    x y - r (x^2 + y^2) / 2 of standardized x and y (Hampel 1974), in place of 1 / sqrt(n - 3).
+    `group`: number of each pair's group. Pairs in a group may depend on each other: minus their group's mean, two
+    answers count as one. The interval is Fisher's, but its standard error is that of the groups' sums of influence
+    values, x y - r (x^2 + y^2) / 2 for standardised x and y (Hampel 1974), instead of 1 / sqrt(n - 3).
     """
     known = np.isfinite(x) & np.isfinite(y)
     x, y, group = x[known], y[known], group[known]
@@ -119,7 +119,7 @@ def correlation(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> Interval | N
 
 
 def within_groups(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Minus the mean of each group's known values; `group`: number of each sample's group."""
+    """Return values minus the mean of their group's known values; `group`: number of each sample's group."""
     known = np.isfinite(values)
     sums = np.bincount(group, np.where(known, values, 0.0))
     counts = np.bincount(group, known)
@@ -127,16 +127,16 @@ def within_groups(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def without(values: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """What a line through `other` does not say of `values`; both of mean 0. NaN where either is."""
+    """Return the residuals of `values` regressed on `other`, both of mean 0. NaN where either is NaN."""
     known = np.isfinite(values) & np.isfinite(other)
     size = float(other[known] @ other[known])
     return values - (float(other[known] @ values[known]) / size * other if size > 0 else 0.0 * other)
 
 
 def spread_shares(contributions: Mapping[str, np.ndarray], group: np.ndarray) -> dict[str, float]:
-    """Each part's share of the variance of the summed reward within groups: cov(part, sum) / var(sum); they add to 1.
+    """Return each part's share of the variance of the summed reward within groups: cov(part, sum) / var(sum).
 
-    A negative share pulls against the others. Empty where no group has any spread.
+    The shares sum to 1. A part with a negative share works against the others. Empty if no group has any spread.
     """
     inner = {name: within_groups(np.nan_to_num(values), group) for name, values in contributions.items()}
     total = np.sum(list(inner.values()), axis=0)
@@ -145,14 +145,14 @@ def spread_shares(contributions: Mapping[str, np.ndarray], group: np.ndarray) ->
 
 
 def last_token_share(process: Sequence[np.ndarray]) -> float | None:
-    """Mean share of the process credit of a sample that its last token has; samples without any are left out."""
+    """Return the mean share of a sample's process credit on its last token; samples without credit are left out."""
     shares = [abs(own[-1]) / total for own in process if len(own) and (total := float(np.abs(own).sum())) > 0]
     return float(np.mean(shares)) if shares else None
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A sequence of words, and the shares of the best, worst and first answers that have it."""
+    """A sequence of words, and the shares of the best, worst and first answers that contain it."""
 
     words: tuple[str, ...]
     z: float
@@ -167,11 +167,11 @@ class Phrase:
 
 
 def boilerplate(best: Sequence[str], worst: Sequence[str], before: Sequence[str], most: int = 5) -> list[Phrase]:
-    """Boilerplate that is paid for: phrases that the best-rewarded answers have, the worst lack and the first lacked.
+    """Return rewarded boilerplate: phrases of the best-rewarded answers that the worst and the first rarely have.
 
-    By their log-odds, best against worst answers, with a Dirichlet prior from those `before` (Monroe, Colaresi and
-    Quinn 2008, "Fightin' Words"; documents counted instead of words). A phrase counts once for each answer. Numbers are
-    all alike. Of phrases within one another the longest stands.
+    Ranked by the log-odds of best against worst answers, with a Dirichlet prior from those `before` (Monroe, Colaresi
+    and Quinn 2008, "Fightin' Words"; counting documents instead of words). A phrase counts once per answer. All numbers
+    count as the same word. Of overlapping phrases, the strongest is kept, or the longest of equally strong ones.
     """
     if not best or not worst:
         return []
@@ -195,7 +195,7 @@ def boilerplate(best: Sequence[str], worst: Sequence[str], before: Sequence[str]
 
 
 def has(text: str, phrase: Phrase) -> bool:
-    """Whether an answer has the phrase."""
+    """Whether an answer contains the phrase."""
     return phrase.words in _parts(_words(text), len(phrase.words))
 
 
@@ -204,12 +204,12 @@ def _words(text: str) -> list[str]:
 
 
 def _parts(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
-    """Its sequences of n words."""
+    """Return the sequences of n words."""
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def _counts(texts: Sequence[str], among: set[tuple[str, ...]] | None = None) -> Counter[tuple[str, ...]]:
-    """In how many texts each sequence of words of one sentence is; of those `among` which is asked."""
+    """Count the texts that contain each sequence of words within a sentence; `among`: count only these sequences."""
     known: dict[str, set[tuple[str, ...]]] = {}  # models repeat themselves
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -223,7 +223,7 @@ def _counts(texts: Sequence[str], among: set[tuple[str, ...]] | None = None) -> 
 
 
 def _log_odds(top: int, tops: int, bottom: int, bottoms: int, prior: float) -> float:
-    """z of the difference of two log-odds, each with `PRIOR` answers of the share `prior` added."""
+    """Return z of the difference between two log-odds, adding `PRIOR` answers with the share `prior` to each."""
     added = min(max(PRIOR * prior, 1.0), PRIOR - 1.0)
     yes, no = np.array([top, bottom]) + added, np.array([tops - top, bottoms - bottom]) + PRIOR - added
     odds = np.log(yes / no)
@@ -231,6 +231,6 @@ def _log_odds(top: int, tops: int, bottom: int, bottoms: int, prior: float) -> f
 
 
 def _overlap(words: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Parts of one sentence: more than half of the shorter one's words stand in the other in this order."""
+    """Whether both are parts of one sentence: over half of the shorter one's words are in the other in this order."""
     n = min(len(words), len(other)) // 2 + 1
     return not _parts(words, n).isdisjoint(_parts(other, n))

@@ -1,5 +1,5 @@
-"""Triage of reward hacking: where to look first. Signs, not proof. Each says what was seen and how strongly, and shows
-samples where samples are what was seen; its sums are pure functions of arrays (trends.py)."""
+"""Triage of reward hacking: where to look first. Signs, not proof. Each says what was seen and how strongly, and lists
+samples if samples show it; the calculations are pure functions of arrays (trends.py)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rlkit.view.sample import ADDING, part_weights, rule_of
 from rlkit.view.samples import Restricted, columns, summaries
 
 TOP = 0.95
-"""Quantile of the rewards above which a sample is at the top."""
+"""Quantile of the rewards above which a sample counts as top."""
 ONE_COMPONENT = 0.8
 CORRELATED = 0.3
 STRONG = 0.6
-"""A correlation that is worth a look though it was as strong early in the run."""
+"""A correlation that is worth a look even if it was as strong early in the run."""
 ROWS = 20
 READ = 250
-"""Answers of each kind whose words are counted."""
+"""Number of answers of each kind whose words are counted."""
 LATE, EARLY = "last third of the steps", "first third"
 Found = schema.Finding | str | None
-"""None: there is no such sign. A text: why that could not be looked at."""
+"""None: there is no such sign. A text: why it could not be checked."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Valid training samples, one entry each, in the order of the file; what is unknown is NaN."""
+    """Valid training samples, one entry each, in the order of the file; unknown values are NaN."""
 
     ids: np.ndarray
     step: np.ndarray
@@ -42,22 +42,22 @@ class Samples:
     length: np.ndarray
     digits: np.ndarray
     group: np.ndarray
-    """Number of the sample's group."""
+    """Number of each sample's group."""
     components: Mapping[str, np.ndarray]
 
     @cached_property
     def above(self) -> np.ndarray:
-        """Reward minus the mean of the group's samples here."""
+        """Reward minus the mean of its group's samples here."""
         return trends.within_groups(self.reward, self.group)
 
     @cached_property
     def top(self) -> np.ndarray:
-        """[N] whether a sample is among the best-rewarded; where most have the least reward, these are not."""
+        """[N] whether a sample is among the best-rewarded; samples with the lowest reward never are."""
         return (self.reward >= np.quantile(self.reward, TOP)) & (self.reward > self.reward.min())
 
     @cached_property
     def late(self) -> np.ndarray:
-        """[N] whether a sample is of the last third of the steps; `early`: of the first."""
+        """[N] whether a sample is from the last third of the steps; `early`: from the first."""
         return self.step >= self.step.min() + 2 / 3 * np.ptp(self.step)
 
     @cached_property
@@ -66,7 +66,7 @@ class Samples:
 
 
 def triage(run: Run) -> schema.TriageResult:
-    """Where the reward may be fooled: findings with the samples that show them, and what could not be looked at."""
+    """Return where the reward may be fooled: findings with samples that show them, and what could not be checked."""
     return run.remembered("triage", lambda: _triage(run))
 
 
@@ -203,14 +203,14 @@ def _length(run: Run, data: Samples) -> Found:
 
 
 def _digits(run: Run, data: Samples) -> Found:
-    """Beyond what goes with length: short answers may have a larger share of them."""
+    """Check the share of digits, corrected for length: short answers may have a larger share."""
     digits, length = (trends.within_groups(values, data.group) for values in (data.digits, data.length))
     values = trends.without(digits, length)
     return _paid_for(data, values, "share of digits", ("answers with more digits", "answers with fewer digits"))
 
 
 def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, str]) -> Found:
-    """Whether the reward goes with a number that it should not pay for, within groups, late in the run."""
+    """Check whether, late in the run, the reward correlates within groups with a number that it should not reward."""
     values = trends.within_groups(numbers, data.group)
     wrong = data.late & (data.correct < 0.5)
     late, early, among = (
@@ -339,7 +339,7 @@ def _evidence(facts: Mapping[str, str]) -> list[schema.Evidence]:
 
 
 def _suspects(run: Run, data: Samples, chosen: np.ndarray, score: np.ndarray) -> list[schema.Suspect]:
-    """The chosen samples with the largest scores."""
+    """Return the chosen samples with the largest scores."""
     where = np.flatnonzero(chosen & np.isfinite(score))
     best = where[np.argsort(-score[where], kind="stable")[:ROWS]]
     values = {int(data.ids[i]): float(score[i]) for i in best}
