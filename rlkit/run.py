@@ -83,7 +83,7 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         folder = RunFolder(config.run_dir, resume=config.resume == "auto" or (point is not None and point.same_run))
     except UserError as error:
         return print_error(error)
-    if point is None or not point.same_run:  # otherwise written once nothing can refuse the new one
+    if point is None or not point.same_run:  # otherwise keep the old one until nothing can refuse the new one
         folder.write_config(config_text(config))
     first_step = 1 if point is None else point.checkpoint.step + 1
     return supervised(

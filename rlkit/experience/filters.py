@@ -24,9 +24,9 @@ class BufferConfig(Section):
     drop_equal_rewards: bool = False
     """Reject groups whose rewards are all equal: they teach nothing (DAPO's dynamic sampling)."""
     min_group_reward: float | None = None
-    """Reject groups whose mean reward is below this (inclusive; with 0/1 rewards: the group's accuracy)."""
+    """Reject groups whose mean reward (with 0/1 rewards: the group's accuracy) is below this; equal is kept."""
     max_group_reward: float | None = None
-    """Reject groups whose mean reward is above this (inclusive)."""
+    """Reject groups whose mean reward is above this; equal is kept."""
     truncated: Literal["keep", "mask", "drop_group"] = "keep"
     """What to do with responses cut at `rollout.max_response_tokens`, and with episodes also cut at
     `environment.max_turns`. keep: train on them with the reward they got; mask: leave them out of baselines and loss,

@@ -41,7 +41,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Restore what `to_json` wrote. Raises KeyError or TypeError for anything else."""
+    """Restore what `to_json` wrote. Raises KeyError or TypeError for records that it did not write."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):

@@ -142,9 +142,9 @@ class Conversation:
 
 
 def opening_of(prompt: Prompt, played: Sequence[Sequence[Conversation]]) -> Prompt:
-    """Return a group's prompt with the opening chosen from the conversations that its samples began: one that all of
-    them share, else one with the task's messages, else the shortest. So it does not depend on which sample was first.
-    Returns the prompt itself if no conversation was begun."""
+    """Return a group's prompt with an opening from its samples' conversations: preferably one that all samples share,
+    then one with the task's messages, then the shortest, so that it does not depend on timing. Returns the prompt
+    itself if no conversation was begun."""
     begun = [conversations for conversations in played if conversations]
     if not begun:
         return prompt
