@@ -1,4 +1,4 @@
-"""`rlkit chat CHECKPOINT [key=value ...]`: talk with a checkpoint, a run's newest one, or any model folder.
+"""`rlkit chat CHECKPOINT [key=value ...]`: chat with a checkpoint, a run's newest checkpoint, or any model folder.
 
 rlkit chat runs/x                                    the newest checkpoint
 rlkit chat runs/x/checkpoints/step_000060 temperature=0.6 system="Answer briefly."

@@ -1,4 +1,4 @@
-"""How a run that failed or was stopped says so: the end of the log that explains it, the cause, how to go on."""
+"""What a failed or stopped run prints: the end of the log that explains it, the cause, and how to continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ACTORS = {
 
 
 def ending(error: BaseException, folder: RunFolder) -> str:
-    """What ended a run in one message; its last line says how to go on, if anything was saved."""
+    """Return a message on what ended a run; its last line says how to continue if anything was saved."""
     lines = [f"rlkit: {cause(error, folder)}"]
     saved = sealed_folders(folder.checkpoints)
     if not isinstance(error, UserError | KeyboardInterrupt | asyncio.CancelledError):
@@ -55,7 +55,7 @@ def cause(error: BaseException, folder: RunFolder) -> str:
 
 
 def _actor_died(error: BaseException) -> bool:
-    if "ray" not in sys.modules:  # nothing of it runs, and it may not be installed
+    if "ray" not in sys.modules:  # Ray is not running, and may not be installed
         return False
     from ray.exceptions import RayActorError
 
@@ -68,7 +68,7 @@ def _actor(error: BaseException) -> tuple[str, str]:
 
 
 def _log_tail(error: BaseException, logs: Path) -> str:
-    """Of the actors of a dead actor's kind: the last lines of what they wrote."""
+    """Return the last log lines of all actors of the dead actor's kind; an empty text if no actor died."""
     if not _actor_died(error):
         return ""
     files = [file for file in sorted(logs.glob(_actor(error)[1])) if file.name not in ("driver.log", "console.log")]

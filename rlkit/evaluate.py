@@ -1,4 +1,4 @@
-"""`python -m rlkit.evaluate [RUN|CHECKPOINT|MODEL] [key=value ...]`: what a model's answers are worth, with intervals.
+"""`python -m rlkit.evaluate [RUN|CHECKPOINT|MODEL] [key=value ...]`: score a model's answers, with intervals.
 
 python -m rlkit.evaluate FOLDER data=jsonl data.path=test.jsonl reward=rule evaluate.samples=16
 python -m rlkit.evaluate runs/x checkpoints=all                  a curve, compared question by question

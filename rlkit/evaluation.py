@@ -22,10 +22,10 @@ from rlkit.serving.stored import Stored, groups_in
 @dataclass(frozen=True)
 class Evaluation:
     headline: str
-    """The metric that stands for the whole evaluation, the larger the better: `accuracy/heldout` (a share),
-    `reward/heldout`, or another `AREA/heldout`."""
+    """The metric that summarises the evaluation (larger is better): `accuracy/heldout` (a share), `reward/heldout`, or
+    another `AREA/heldout`."""
     metrics: Mapping[str, float]
-    """The headline among them."""
+    """All metrics, including the headline."""
 
     @property
     def value(self) -> float:
@@ -44,13 +44,13 @@ class Evaluator:
         seed: int,
         training_judged: bool = False,
     ) -> None:
-        """`sets`: name (`OWN` first, if there is one) -> prompts, none of them empty. `training_judged`: the verifier
-        is the run's reward, so that training groups carry its scores."""
+        """`sets`: name (`OWN` first, if present) -> prompts, none of them empty. `training_judged`: the verifier is the
+        run's reward, so training groups already have its scores."""
         self.sets, self.rollout, self.verifier, self.config, self.seed = sets, rollout, verifier, config, seed
         self.training_judged = training_judged
 
     async def evaluate(self, step: int) -> Evaluation:
-        """With the current weights. Raises RewardFailed if too many answers could not be judged."""
+        """Evaluate the current weights. Raises RewardFailed if too many answers could not be judged."""
         requests = {name: self._requests(name, prompts, step) for name, prompts in self.sets.items()}
         batches = [ref async for ref in self.rollout.generate([one for some in requests.values() for one in some])]
         scored = await self.verifier.score(batches)
@@ -79,7 +79,7 @@ class Evaluator:
         ]
 
     async def judge_training(self, groups: list[Group], stored: Stored) -> list[Group] | None:
-        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`)."""
+        """Return a step's groups as scored by the verifier; None unless `evaluation.training_answers` is set."""
         if not self.config.training_answers:
             return None
         if self.training_judged:
@@ -89,7 +89,7 @@ class Evaluator:
 
 
 def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:
-    """Of one set: pairs of a group and its verdicts."""
+    """Return the metrics of one set, given as pairs of a group and its verdicts."""
     unjudged = sum(int(np.isnan(own).sum()) for _, own in judged)
     means = [float(np.nanmean(own)) for _, own in judged if not np.isnan(own).all()]
     estimate = mean_of_questions(means, share=area == "accuracy")

@@ -20,7 +20,7 @@ from rlkit.trackers.recorded import RecordedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 if the folder cannot be used, 2 for wrong arguments."""
+    """Run the command; returns 0, 1 if the folder cannot be used, 2 for wrong arguments."""
     return exit_code(_export, arguments)
 
 
@@ -62,7 +62,7 @@ FORMATS: Mapping[str, tuple[str, Callable[[RecordedRun, Path | None], str]]] = {
     "inspect": ("inspect_ai", _to_inspect),
     "trackio": ("trackio", _to_trackio),
 }
-"""Name, which is also the extra's -> (package, writer)."""
+"""Name of the format and of the extra -> (package, writer)."""
 
 
 if __name__ == "__main__":

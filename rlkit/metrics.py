@@ -1,4 +1,4 @@
-"""A step's metrics that all algorithms share, the run's summary, and the guard of updates."""
+"""The step metrics that all algorithms share, the run's summary, and the guard against failing updates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def rollout_metrics(
     stats: BufferStats,
     seconds: float,
 ) -> dict[str, float]:
-    """Rewards, lengths and spread of all scored groups, trained or rejected by a filter; failures, buffer.
+    """Return rewards, lengths and spread of all scored groups, trained or rejected by a filter; failures; buffer.
 
-    `judged`: the same groups as the verifier scores them. `seconds`: the sampler's working time for them.
+    `judged`: the same groups as scored by the verifier. `seconds`: the sampler's working time for them.
     """
     values: list[list[float]] = []
     components: defaultdict[str, list[float]] = defaultdict(list)
@@ -57,7 +57,7 @@ def rollout_metrics(
     if seconds > 0 and any(sample.logprobs is not None for sample in samples):
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
     metrics |= staleness_metrics(groups) | environment_metrics(samples)
-    # Labels of recorded responses, which no reward was asked about, say nothing of the policy.
+    # Labels of recorded responses, which no reward judged, say nothing about the policy.
     if len(rewards) and (report.samples or any(sample.logprobs is not None for sample in samples)):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
     trained = [value for group in values[: len(groups)] for value in group]
@@ -79,7 +79,7 @@ def rollout_metrics(
 
 
 def staleness_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Of the trained tokens: how many updates ago their weights were published. Nothing if all were fresh."""
+    """Return how many updates ago the weights of the trained tokens were published; nothing if all were fresh."""
     ages: list[np.ndarray] = []
     mixed: list[bool] = []
     for group in groups:
@@ -112,10 +112,10 @@ def summary(
     ended: str | None = None,
     diagnosed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of summary.json. `heldout`: step -> the evaluation's `headline`; empty without evaluations.
+    """Return the content of summary.json. `heldout`: step -> the evaluation's `headline`; empty without evaluations.
 
-    `best`: metric, value, step and policy of the best evaluation. `ended`: why before the last step, if it did.
-    `diagnosed`: entries of diagnostics.
+    `best`: metric, value, step and policy of the best evaluation. `ended`: why the run ended before its last step, if
+    it did. `diagnosed`: entries of diagnostics.
     """
     area = headline.partition("/")[0]  # accuracy_before, reward_before, ...
     return {
@@ -138,8 +138,8 @@ class TrainingFailedError(UserError): ...
 
 
 MISMATCHED_STEPS = 3
-"""One step may be a burst: few trained tokens, or one response of a policy near collapse. Three in a row are no
-accident, and three updates on wrong log-probs, clipped and at a usual learning rate, lose little."""
+"""A single step may be an outlier: few trained tokens, or one response of a policy near collapse. Three in a row are no
+accident, and three updates on wrong log-probs, clipped and at a usual learning rate, do little harm."""
 
 
 class UpdateGuard:
@@ -183,7 +183,7 @@ class UpdateGuard:
 
     def _limit(self, mismatch: float) -> None:
         limit = self.config.max_mismatch
-        # With stale samples the difference is of their age, too, which the loss's weights correct.
+        # With stale samples the difference also reflects their age, which the loss's weights correct.
         if limit is None or self.config.max_staleness or mismatch <= limit:
             self.mismatched_in_a_row = 0
             return

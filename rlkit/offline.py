@@ -1,4 +1,4 @@
-"""Training on recorded responses: what takes the places of sampler and weight sync, and measures held-out ones."""
+"""Training on recorded responses: what replaces sampler and weight sync, and evaluates held-out responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Publish = Callable[[int], Awaitable[object]]
-"""Sends the policy's weights of a version to the engines."""
+"""Sends the policy's weights to the engines, as the version given."""
 
 
 def recorded_groups(prompts: Iterable[Prompt]) -> Iterator[Group]:
@@ -25,7 +25,7 @@ def recorded_groups(prompts: Iterable[Prompt]) -> Iterator[Group]:
 
 
 class RecordedResponses:
-    """In place of a rollout pool."""
+    """Replaces a rollout pool."""
 
     async def places(self, responses: int) -> int:
         raise NotImplementedError("nothing is sampled, so nobody waits for a place")
@@ -35,7 +35,7 @@ class RecordedResponses:
 
 
 class NoSync:
-    """In place of WeightSync: no engine samples for training with the policy's weights."""
+    """Replaces WeightSync: no engine samples training data with the policy's weights."""
 
     async def publish(self, version: int) -> dict[str, float]:
         return {}
@@ -47,8 +47,8 @@ class NoSync:
 
 
 class RecordedEvaluator:
-    """Held-out recorded responses under the policy: how likely they are, or what else the algorithm measures; and
-    sampled ones, if they are asked for (`evaluation.generate`)."""
+    """Evaluates held-out recorded responses: their likelihood under the policy, or whatever the algorithm measures; and
+    sampled ones, if requested (`evaluation.generate`)."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class RecordedEvaluator:
         if self.sampled is None:
             return Evaluation(next(iter(metrics)), metrics)
         evaluator, publish = self.sampled
-        await publish(step)  # nothing else samples, so that only here the engines need the weights
+        await publish(step)  # nothing else samples, so the engines need the weights only here
         sampled = await evaluator.evaluate(step)
         return Evaluation(sampled.headline, {**sampled.metrics, **metrics})
 

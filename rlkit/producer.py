@@ -1,4 +1,4 @@
-"""Keeps the buffer filled: room, prompts, samples, scores, buffer. The only source of training groups."""
+"""Keeps the buffer filled: reserves slots, takes prompts, samples, scores, adds. The only source of training groups."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 class Sampler(Protocol):
     async def places(self, responses: int) -> int:
-        """How many more groups of so many responses fill the engines; waits until there is place for one."""
+        """Return how many more groups of `responses` responses fill the engines; wait until there is room for one."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """Yield lists of groups, or references to such, as they finish. `places` counts them from the call on."""
+        """Yield lists of groups, or references to them, as they finish. `places` counts them from the call on."""
 
 
 class Producer:
-    """Runs beside the trainer until cancelled."""
+    """Runs alongside the trainer until cancelled."""
 
     def __init__(
         self,
@@ -46,27 +46,27 @@ class Producer:
         seed: int,
         step_timeout_seconds: float,
     ) -> None:
-        """`most_at_once`: groups. `waits_for_places`: groups start when an engine has room for them, so that they begin
-        with the newest weights; else as soon as the buffer has."""
+        """`most_at_once`: groups to request together. `waits_for_places`: groups start when an engine has room for
+        them, so that they begin with the newest weights; otherwise as soon as the buffer has room."""
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
         self.most_at_once, self.waits_for_places = most_at_once, waits_for_places
         self.samples_per_prompt = samples_per_prompt
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.stored = Stored()
-        """The tokens of what is open, in the buffer or trained now."""
+        """The tokens of the groups that are open, in the buffer, or being trained on."""
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
-        """Requested and not yet in the buffer."""
+        """Groups requested and not yet in the buffer."""
         self._again: list[GroupRequest] = []
-        """Requested before the checkpoint that this run resumes: requested again with their ids and seeds."""
+        """Groups open at the checkpoint that this run resumes, to be requested again with the same ids and seeds."""
         self._report = ScoreReport()
         self._sampled_at: dict[int, float] = {}
-        """Step -> `time.monotonic()` when the last of its groups so far left the sampler."""
+        """Step -> `time.monotonic()` when its latest group so far left the sampler."""
         self._generating = 0.0
         self._streams = 0
-        """Calls of the sampler that are open."""
+        """Number of open calls of the sampler."""
         self._began = 0.0
-        """Since when that has not been counted yet."""
+        """Time from which their seconds are not yet counted in `_generating`."""
 
     async def run(self) -> None:
         """Fill the buffer until cancelled. Raises what rollout, reward or buffer raise."""
@@ -78,7 +78,7 @@ class Producer:
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
                     steps = await self.buffer.reserve(most)
-                stream = self.rollout.generate(self._requests(steps))  # here, so that `places` counts them from now on
+                stream = self.rollout.generate(self._requests(steps))  # called here, so that `places` counts them
                 working.create_task(self._sample(stream, working))
 
     async def _sample(self, stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
@@ -92,7 +92,7 @@ class Producer:
             self._generating += time.monotonic() - self._began
 
     async def _score(self, sampled: Any, left: float) -> None:
-        """`left`: when it left the sampler."""
+        """Score what the sampler yielded at time `left`, and add it to the buffer."""
         groups, scored = await asyncio.gather(groups_in(sampled), self.reward.score([sampled]))
         self._report += scored.report
         self.stored.add(groups, sampled)
@@ -103,16 +103,16 @@ class Producer:
             del self._open[group.id]
 
     def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
-        """`times`: a step, the evaluation and the checkpoint after it may each take a step's time."""
+        """`times`: how many times a step's time limit; a step, its evaluation and its checkpoint may each take one."""
         limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
         what = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
         return waiting("the producer", what, times * self.step_timeout_seconds, limit)
 
     def _requests(self, steps: Sequence[int]) -> list[GroupRequest]:
-        """One for each place."""
+        """Return one request for each slot."""
         again = []
         for step in steps:
-            # Of an earlier step: with a smaller rollout.oversample than before. Checkpoints before 0.5 say no step.
+            # Of an earlier step if rollout.oversample is now smaller. Checkpoints before 0.5 name no step.
             repeated = next((request for request in self._again if request.step <= step), None)
             if repeated is not None:
                 self._again.remove(repeated)
@@ -137,36 +137,36 @@ class Producer:
         )
 
     def weights_came(self, asked: float) -> None:
-        """What was asked for since `asked` (`time.monotonic()`) has waited for them, and begins now."""
+        """Start the clock for requests made since `asked` (`time.monotonic()`), which waited for the weights."""
         if self._began >= asked:
             self._began = time.monotonic()
 
     def ask_again(self, groups: Sequence[tuple[str, str]], step: int) -> None:
-        """Put groups ((group, prompt) ids) of a step that will not be trained back among the open ones: for a
-        checkpoint in its middle."""
+        """Put groups ((group, prompt) ids) of a step that will not be trained back among the open ones, for a
+        checkpoint in mid-step."""
         prompts = self.order.named({prompt for _, prompt in groups})
         self._again.extend(self._request(int(group), prompts[prompt], step) for group, prompt in groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data, and the open groups."""
+        """Return the position in the data, and the open groups."""
         requests = (*self._open.values(), *self._again)
         open_groups = [{"id": r.id, "prompt": r.prompt.id, "step": r.step} for r in requests]
         return {"order": self.order.state_dict(), "started": self.started, "open": open_groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError if the data have changed."""
+        """Restore a state. Raises DataError if the data have changed."""
         self.order.load_state_dict(state["order"])
         self.started = int(state["started"])
         prompts = self.order.named({entry["prompt"] for entry in state["open"]})
         steps = [entry.get("step", 0) for entry in state["open"]]
-        last = min(steps, default=0) + self.buffer.max_staleness  # it may be smaller than it was
+        last = min(steps, default=0) + self.buffer.max_staleness  # max_staleness may be smaller than before
         self._again = [
             self._request(int(entry["id"]), prompts[entry["prompt"]], min(step, last))
             for entry, step in zip(state["open"], steps, strict=True)
         ]
 
     def take_report(self) -> tuple[ScoreReport, float]:
-        """What the reward did, and the sampler's working seconds, since the last call."""
+        """Return the reward's report and the sampler's working seconds since the last call."""
         report, self._report = self._report, ScoreReport()
         if self._streams:
             now = time.monotonic()
@@ -176,14 +176,14 @@ class Producer:
         return report, seconds
 
     def sampled_at(self, step: int) -> float | None:
-        """`time.monotonic()` when the last group of a step, which is trained now, left the sampler."""
+        """Return `time.monotonic()` when the last group of the step now being trained left the sampler."""
         now = self._sampled_at.get(step)
         self._sampled_at = {later: when for later, when in self._sampled_at.items() if later > step}
         return now
 
 
 async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
-    """Await `work`; if a background task fails first, raise its error, out of its exception group."""
+    """Await `work`; if a background task fails first, raise its error, unwrapped from its exception group."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, *background}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What a run trains on and is judged by: problems read, rendered to prompts, and reported where they cannot be used."""
+"""Load what a run trains on and is judged by: read problems, render them to prompts, and report unusable ones."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 class Loaded:
     train: Sequence[Prompt]
     heldout: Mapping[str, Sequence[Prompt]]
-    """By set: what the verifier can judge."""
+    """By set, the prompts that the verifier can judge."""
     recorded: Sequence[Prompt]
-    """Held out, with recorded responses."""
+    """Held-out prompts with recorded responses."""
     render: Render
     pieces: Pieces | None
     """None: the tokenizer cannot decode token by token."""
 
 
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
-    """Raises DataError."""
+    """Load all prompts of a run. Raises DataError."""
     from rlkit.data.conversations import render_recorded
     from rlkit.data.recorded import split_off_the_scale
     from rlkit.data.rendering import ChatTemplate, load_tokenizer, render, renderer
@@ -60,14 +60,14 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         tracker.warn(doubt)
     source, from_data, algorithm = resolved.source, rollout.source == "data", resolved.make_algorithm()
     labelled = reads_recorded_labels(rollout, algorithm)
-    # A frozen model's samples say nothing of the policy, but what the data know does.
+    # A frozen model's samples say nothing about the policy, but responses that come with the data do.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
     def rendered(
         problems: Sequence[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
     ) -> Sequence[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
-        if answers:  # recorded ones
+        if answers:  # use the recorded ones
             fit, unlabelled = split_off_the_scale(fit) if labelled else (fit, [])
             unfit += unlabelled
             stops = stop_token_ids(str(folder), tokenizer)
@@ -123,8 +123,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
 
 
 def template_doubts(resolved: ResolvedRun) -> list[str]:
-    """What an environment must not do with the model's chat template. Raises DataError where no episode can be played
-    with it."""
+    """Return what an environment must not do with the model's chat template. Raises DataError if no episode can be
+    played with it."""
     from rlkit.data.rendering import ChatTemplate, load_tokenizer
     from rlkit.rollout.engine import stop_token_ids
 
@@ -139,10 +139,10 @@ def _doubts(resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Seque
     from rlkit.rollout.rendering import Renderer
 
     environment, options = resolved.environment_class, resolved.environment_config
-    if environment is None or options is None or issubclass(environment, Agent):  # whose calls bring their tools
+    if environment is None or options is None or issubclass(environment, Agent):  # an agent's calls bring their tools
         return []
     tools = tools_of(environment)
-    # Some know their tools only once they have started, and are then asked again.
+    # Some environments know their tools only once they have started, and are then asked again.
     later = getattr_static(environment, "tools") is not getattr_static(Environment, "tools")
     if later and not tools:
         tools = (Tool("tool", "A tool.", {"type": "object", "properties": {}}),)
@@ -154,7 +154,7 @@ def _doubts(resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Seque
 
 
 def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
-    """With the steps that `trainer.total_epochs` takes."""
+    """Return the run with the number of steps that `trainer.total_epochs` takes."""
     trainer = resolved.config.trainer
     if trainer.total_epochs is None:
         return resolved
@@ -163,7 +163,7 @@ def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
 
 
 def canary(train: Sequence[Prompt]) -> Canary:
-    """Pieces of different prompts, from a little before they differ: long system prompts have equal beginnings, and a
+    """Return pieces of different prompts, starting a little before they differ: long system prompts begin alike, and
     state that leaks from one sequence into the next shows only on several."""
     from rlkit.models.packing import shared_prefix  # torch comes with it
 
@@ -176,7 +176,7 @@ def canary(train: Sequence[Prompt]) -> Canary:
 def _heldout(
     resolved: ResolvedRun, train: Sequence[Prompt], sets: Mapping[str, Sequence[Prompt]], tracker: Tracker
 ) -> dict[str, list[Prompt]]:
-    """Of each set what the verifier can judge, and as many as are asked for."""
+    """Return of each set the prompts that the verifier can judge, at most as many as configured."""
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
     heldout = {}
     for name, prompts in sets.items():

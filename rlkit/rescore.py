@@ -3,8 +3,8 @@
 python -m rlkit.rescore runs/x reward=rule
 python -m rlkit.rescore runs/x reward=polar name=polar2 device=cuda
 
-Writes RUN/rescored/NAME.jsonl and prints both rewards side by side. `name`, `device`, `threads`, `seed` and `dry_run`
-are the other keys; rewards have those of rlkit.train (python -m rlkit.train --help reward).
+Writes RUN/rescored/NAME.jsonl and prints both rewards side by side. The other keys are `name`, `device`, `threads`,
+`seed` and `dry_run`; rewards take those of rlkit.train (python -m rlkit.train --help reward).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run from a valid configuration to its summary: start the actors, train, end everything that was started."""
+"""A run from a valid configuration to its summary: start the actors, train, end everything that was started."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ LOADING = {
     "verifier": "loading the verifier",
     "critic": "loading the critic (DeepSpeed)",
 }
-"""Start-up phases as the screen shows them."""
+"""Start-up phases as shown on the screen."""
 END_SECONDS = 120.0
-"""Time limit for actors, threads and Ray to end; then the process exits, and the janitor ends the rest."""
+"""Time limit for actors, threads and Ray to end; after it the process exits, and the janitor ends the rest."""
 ROOM_SECONDS = 60.0
-"""Time limit for Ray to find room for the actors: on a starting cluster, nodes still join."""
+"""Time limit for Ray to find room for the actors: nodes of a starting cluster may still be joining."""
 
 
 def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
@@ -83,7 +83,7 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         folder = RunFolder(config.run_dir, resume=config.resume == "auto" or (point is not None and point.same_run))
     except UserError as error:
         return print_error(error)
-    if point is None or not point.same_run:  # else it stays the old one's until nothing can refuse the new one
+    if point is None or not point.same_run:  # otherwise keep the old one until nothing can refuse the new one
         folder.write_config(config_text(config))
     first_step = 1 if point is None else point.checkpoint.step + 1
     return supervised(
@@ -114,16 +114,16 @@ async def _train(
             with blocking("the start", "Ray", *_startup(config)):
                 session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
         except Exception:
-            await reading  # what is wrong with the data is said first
+            await reading  # errors in the data are reported first
             raise
         stop = Stop(task)
-        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs us handles them
+        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: the caller handles them
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         try:
             await _fit(resolved, reading, folder, tracker, point, closing, began, stop)
         except asyncio.CancelledError:
-            stop.check()  # by its name
+            stop.check()  # raises StoppedError, which names the signal
             raise
 
 
@@ -137,12 +137,13 @@ async def _fit(
     began: float,
     stop: Stop,
 ) -> None:
-    """With Ray."""
+    """Start everything and train, once Ray is running."""
     asked = config_text(resolved.config)
     async with contextlib.AsyncExitStack() as stack:
         engines = _Engines(resolved, folder.logs, stack)
         try:
-            # They may not be wanted where the data say that nothing is left to do, or an architecture is not known.
+            # Load early only if engines are sure to be needed: a resumed run may have nothing left to do, and an
+            # unknown architecture may be refused.
             if point is None and known_run(model_folder(resolved.config.model.path)) is not None:
                 engines.load()
             async with waiting("the start", "the data to be read", *_startup(resolved.config)):
@@ -168,9 +169,9 @@ async def _fit(
 
 
 def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run in a thread that does not keep a process that was told to end."""
+    """Run `work` in a thread that does not keep a process alive that is told to end."""
     done: concurrent.futures.Future[T] = concurrent.futures.Future()
-    done.set_running_or_notify_cancel()  # whoever waits may be cancelled, the thread may not
+    done.set_running_or_notify_cancel()  # a waiting task can be cancelled, the thread cannot
 
     def run() -> None:
         try:
@@ -206,7 +207,7 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
 
 
 class _Engines:
-    """The places of all actors, and the rollout workers, which take the longest to load: while the data are read."""
+    """Placement of all actors, and the rollout workers, which load slowest and so start while the data are read."""
 
     def __init__(self, resolved: ResolvedRun, logs: Path, stack: contextlib.AsyncExitStack) -> None:
         self._resolved, self._logs, self._stack = resolved, logs, stack
@@ -262,7 +263,7 @@ async def _start(
     began: float,
     stop: Stop,
 ) -> Trainer:
-    """Start all actors side by side; those that share a GPU one after the other."""
+    """Start all actors in parallel; those that share a GPU one after the other."""
     from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
@@ -298,7 +299,7 @@ async def _start(
             starts["verifier"] = verifier.start
         else:
             verifier = reward
-        # A mask takes scores away that the verifier would give.
+        # buffer.truncated=mask removes scores that the verifier would give.
         seen = verifier is reward and config.buffer.truncated != "mask"
         evaluator = Evaluator(data.heldout, pool, verifier, config.evaluation, config.seed, seen)
     sync: WeightSync | NoSync = NoSync()
@@ -357,7 +358,7 @@ async def _start(
 
 
 def _differs_from_the_reward(resolved: ResolvedRun) -> bool:
-    """Options of the reward must not move the yardstick."""
+    """Return whether the verifier differs from the reward: the reward's options must not change the verifier."""
     reward, verifier = resolved.reward_class, resolved.verifier_class
     return reward is not verifier or resolved.reward_config != resolved.verifier_config
 
@@ -367,7 +368,7 @@ def _startup(config: RunConfig) -> tuple[float, str]:
 
 
 async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConfig) -> None:
-    """Wait for all, showing which still load. Raises the first error, or WaitedTooLongError at the deadline."""
+    """Wait for all, showing which are still loading. Raises the first error, or WaitedTooLongError at the deadline."""
 
     async def one(name: str, work: Any) -> None:
         tracker.phase(name, parallel=True)

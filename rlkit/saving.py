@@ -1,4 +1,4 @@
-"""When a run is saved, which of its policies is the best, and who may ask it to stop. No Ray, no files."""
+"""When a run is saved, which of its policies is the best, and how signals stop it. No Ray, no files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Best:
 
 
 class SaveSchedule:
-    """Told of steps, evaluations and checkpoints, it says when the next checkpoint is due."""
+    """Decides from steps, evaluations and checkpoints when the next checkpoint is due."""
 
     def __init__(self, config: TrainerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self.clock = config, clock
@@ -30,11 +30,11 @@ class SaveSchedule:
         """The step last saved, or resumed from."""
         self.best: Best | None = None
         self.improved = False
-        """Since the last checkpoint."""
+        """Whether there is a new best policy since the last checkpoint."""
         self.metric = config.best_metric or "accuracy/heldout"
-        """`trainer.best_metric`; without one, the headline of the evaluations."""
+        """`trainer.best_metric`, or the headline of the evaluations if that is not set."""
         self.seen = False
-        """Whether it ever came."""
+        """Whether `metric` was ever reported."""
 
     def due(self, step: int) -> bool:
         trainer = self.config
@@ -49,8 +49,8 @@ class SaveSchedule:
         self.saved, self.saved_at, self.improved = step, self.clock(), False
 
     def evaluated(self, step: int, metrics: Mapping[str, float], headline: str | None = None) -> None:
-        """`metrics`: the latest known; `headline`: of an evaluation. The policy before training is beaten only by a
-        better one."""
+        """Note the latest known `metrics`, and the `headline` of an evaluation. Only a better policy replaces the one
+        before training as the best."""
         self.metric = self.config.best_metric or headline or self.metric
         value = metrics.get(self.metric)
         self.seen |= value is not None
@@ -60,7 +60,7 @@ class SaveSchedule:
         self.best = Best(step, value)
 
     def missing(self, metrics: Mapping[str, float]) -> str | None:
-        """A sentence, if `trainer.best_metric` has not come although steps and evaluations have."""
+        """Return a message if steps and evaluations have been reported, but never `trainer.best_metric`."""
         name = self.metric
         if self.seen or name in metrics:
             return None
@@ -82,7 +82,7 @@ class StoppedError(Exception):
     """A signal asked the run to stop."""
 
     orderly = True
-    """Nothing failed: Ray's logs are not kept for it."""
+    """Nothing failed, so Ray's logs are not kept."""
 
     def __init__(self, signal: signal.Signals) -> None:
         super().__init__(signal.name)
@@ -90,8 +90,8 @@ class StoppedError(Exception):
 
 
 class Stop:
-    """The first signal asks the training to stop where a step is whole; a second one, or one outside of the training,
-    cancels the run where it is."""
+    """The first signal asks training to stop when a step is complete; a second one, or one outside of training, cancels
+    the run at once."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.task = task
@@ -100,14 +100,14 @@ class Stop:
         self._asked = asyncio.Event()
 
     def on(self, number: signal.Signals) -> None:
-        """Signal handler of the event loop."""
+        """Handle a signal on the event loop."""
         again, self.signal = self.signal is not None, number
         if again or not self.training:
             self.task.cancel()
         self._asked.set()
 
     async def asked(self) -> NoReturn:
-        """Raises StoppedError when it is."""
+        """Wait until the run is asked to stop, then raise StoppedError."""
         await self._asked.wait()
         self.check()
         raise AssertionError

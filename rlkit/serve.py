@@ -1,4 +1,4 @@
-"""`python -m rlkit.serve reward=... [serve.key=value ...]`: serve any reward over HTTP, for `reward=remote` of a run.
+"""`python -m rlkit.serve reward=... [serve.key=value ...]`: serve any reward over HTTP, for runs with `reward=remote`.
 
 python -m rlkit.serve reward=rule
 python -m rlkit.serve reward=function reward.function=my_module.my_function serve.port=8001

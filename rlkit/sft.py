@@ -1,6 +1,6 @@
 """`python -m rlkit.sft [key=value ...]`: rlkit.train with algorithm=sft, fine-tuning on recorded responses.
 
-On data with reference answers (data=jsonl) those are the responses; data=chat and data=responses bring their own.
+On data with reference answers (data=jsonl), these are the responses; data=chat and data=responses bring their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHOICE = "algorithm=sft"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, as rlkit.train."""
+    """Run the command; returns its exit code, like rlkit.train."""
     return exit_code(_sft, arguments, has_dry_run=True)
 
 

@@ -1,4 +1,4 @@
-"""`python -m rlkit.submit cluster.address=URL [what rlkit.train takes]`: a run as a job of a Ray cluster."""
+"""`python -m rlkit.submit cluster.address=URL [what rlkit.train takes]`: train as a job on a Ray cluster."""
 
 from __future__ import annotations
 

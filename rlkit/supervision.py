@@ -1,4 +1,4 @@
-"""The frame of what runs in a folder: its screen, its watchdog, and how it ends. Loads neither Ray nor torch."""
+"""Run work in a run folder, with a screen, a watchdog and an orderly end. Loads neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlkit.tracking.tracker import Tracker
 
 TERMINATED = 128 + signal.SIGTERM
 Work = Callable[[Tracker, contextlib.ExitStack], Coroutine[Any, Any, None]]
-"""Called with a stack that is closed when the event loop is gone."""
+"""Called with a stack that is closed once the event loop has ended."""
 
 
 def supervised(
@@ -30,7 +30,7 @@ def supervised(
     warnings: Sequence[ConfigIssue],
     work: Work,
 ) -> int:
-    """Run `work`. Returns 0, or after a message 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run `work`. Returns 0, or prints a message and returns 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM)."""
     try:
         with open_tracker() as tracker:
             for warning in warnings:
@@ -52,7 +52,7 @@ def supervised(
 
 
 def _to_the_end(work: Work, tracker: Tracker) -> None:
-    """Raise an actor's own error instead of Ray's report, whose message is the actor's whole stack."""
+    """Run `work`; raise an actor's own error instead of Ray's, whose message is the actor's whole traceback."""
     try:
         with contextlib.ExitStack() as closing:
             asyncio.run(work(tracker, closing))

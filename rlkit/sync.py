@@ -1,9 +1,10 @@
-"""`python -m rlkit.sync RUN [RUN ...] tracker=NAME`: send to a tracker what run folders hold.
+"""`python -m rlkit.sync RUN [RUN ...] tracker=NAME`: send the contents of run folders to a tracker.
 
 python -m rlkit.sync runs/x tracker=wandb
 python -m rlkit.sync runs/x runs/y tracker='{kind:mlflow,project:gsm8k}'
 
-What was sent before is not sent again. A run that still grows is sent as far as it is; call it again for the rest.
+What was sent before is not sent again. Of a run that is still going, what exists so far is sent; call it again for the
+rest.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from rlkit.trackers.recorded import RecordedRun, numbers
 from rlkit.trackers.rows import best_and_worst, texts_are_due
 
 SETTLED_SECONDS = 2.0
-"""Later records of a run that goes on are left for the next time: their samples may not be written yet."""
+"""Records of a running run that are newer are left for the next time: their samples may not be written yet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 if a tracker or a folder cannot be used, 2 for wrong arguments."""
+    """Run the command; returns 0, 1 if a tracker or a folder cannot be used, 2 for wrong arguments."""
     return exit_code(_sync, arguments)
 
 
@@ -59,7 +60,7 @@ def _sync(arguments: list[str]) -> int:
 
 
 def parse_tracker(text: str) -> TrackerConfig:
-    """Raises ConfigError for an unknown tracker, or one whose package is missing."""
+    """Return a tracker's options. Raises ConfigError for an unknown tracker, or one whose package is missing."""
     try:
         value = OverridesParser.create().parse_override(f"tracker={text}").value()
         (config,) = parse_trackers([value])
@@ -93,9 +94,9 @@ class Sent:
 
 
 def replay(run: RecordedRun, config: TrackerConfig, ledger: Ledger | None, all_samples: bool = False) -> Sent:
-    """`ledger` knows what was sent before, and learns what was sent now; None: everything, as a new run.
+    """Send what `ledger` does not list as sent, and record it there; without a ledger, everything, as a new run.
 
-    Raises UserError for whatever the tracker raises; what was sent until then is noted.
+    Raises UserError for whatever the tracker raises; what was sent until then is recorded.
     """
     name = config.name
     before = 0.0 if ledger is None else ledger.until(name)

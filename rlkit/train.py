@@ -27,7 +27,7 @@ def train(arguments: list[str]) -> int:
     resolved = load_config(overrides, file)
     point, trainer = find_resume(resolved.config), resolved.config.trainer
     if resolved.config.dry_run:
-        print_warnings(resolved.warnings)  # a run shows them itself
+        print_warnings(resolved.warnings)  # a real run shows them itself
         if resolved.environment_class is not None:
             print_warnings(_template_doubts(resolved))
         print(plan_text([*plan(resolved), *(point.plan() if point else [])]))

@@ -1,4 +1,4 @@
-"""The loop: collect, advantages, update, publish. It knows no particular algorithm, reward or data."""
+"""The training loop: collect, advantages, update, publish. It depends on no particular algorithm, reward or data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trainer:
-    """All parts are started; `fit` trains and returns the summary."""
+    """Takes parts that are already started; `fit` trains and returns the summary."""
 
     config: RunConfig
     algorithm: Algorithm
@@ -62,23 +62,23 @@ class Trainer:
     whole: bool = True
     """Whether learner and reward are those of the last finished step: False from a step's first change to its end."""
     saving_fails: bool = False
-    """While a checkpoint is written, and after it has failed: what hung once is not waited for again."""
+    """True while a checkpoint is being written and after one has failed: what hung once is not waited for again."""
     advanced: bool = False
-    """Whether the buffer has heard of this version: then the next step has begun."""
+    """Whether the buffer has been told of this version, so that the next step has begun."""
     failed_scores: int = 0
     headline: str = "accuracy/heldout"
-    """The metric that stands for a held-out evaluation."""
+    """The metric that summarises a held-out evaluation."""
     heldout: dict[int, float] = field(default_factory=dict)
-    """Step -> its value."""
+    """Step -> value of the headline."""
     latest: dict[str, float] = field(default_factory=dict)
 
     async def fit(self) -> dict[str, Any]:
         """Train to the last step, or until the filters find the data solved; return the summary.
 
-        Saves what is whole, and raises TrainingFailedError, WaitedTooLongError, RewardFailed, RolloutFailedError,
-        TooManyRejectedError, StoppedError, and what actors raise.
+        If the last step is complete, saves it before raising WaitedTooLongError, RewardFailed, RolloutFailedError,
+        TooManyRejectedError, DiagnosedError or StoppedError. Also raises TrainingFailedError, and what actors raise.
         """
-        # Proves that sampler and learner hold the same policy before any training.
+        # Proves before any training that sampler and learner hold the same policy.
         async with self.deadline("the driver", "the first weights to be published"):
             await self.publish()
         if not self.version:
@@ -164,7 +164,7 @@ class Trainer:
         )
 
     def policy_of(self, step: int) -> str | None:
-        """Where the policy after a step is; None if it is not kept (or in the folder of the run that was resumed)."""
+        """Return the folder of the policy after a step; None if it was not kept (or is in the resumed run's folder)."""
         folder = self.folder.policy(step)
         return self.config.model.path if step == 0 else str(folder) if folder.is_dir() else None
 
@@ -196,7 +196,7 @@ class Trainer:
         self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
         of_data, stats, asked = self.producer.order.metrics(), self.buffer.stats(), time.monotonic()
         if not (self.evaluates_after(step) or self.schedule.due(step)):
-            await self.begin(step + 1)  # engines have its requests when the weights come, and sample from then on
+            await self.begin(step + 1)  # so that engines have its requests, and sample as soon as the weights come
         of_sampler = await self.publish()
         self.producer.weights_came(asked)
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
@@ -213,7 +213,7 @@ class Trainer:
         self.diagnostics.obey()
 
     async def begin(self, step: int) -> None:
-        """Make room for a step's groups: the producer asks for them."""
+        """Make room for a step's groups, so that the producer requests them."""
         await self.buffer.advance(step - 1)
         self.advanced = True
 
@@ -225,7 +225,7 @@ class Trainer:
     async def collect(
         self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
     ) -> tuple[list[Group], dict[str, float]]:
-        """The step's groups; seconds of waiting for their sampling, and then for their scores."""
+        """Return the step's groups, and the seconds spent waiting for their samples and then for their scores."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
             groups = await until(self.buffer.take(), producing, stopping)
@@ -235,7 +235,7 @@ class Trainer:
         return groups, waited
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """Update policy and critic: version + 1. Raises TrainingFailedError when updates keep failing."""
+        """Update policy and critic, and increment the version. Raises TrainingFailedError if updates keep failing."""
         metrics = await self.learner.update(experience, advantages)
         self.version += 1
         self.advanced = False
@@ -243,7 +243,7 @@ class Trainer:
         return metrics
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
-        """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
+        """Return the step's groups as scored by the verifier, which shows when a learned reward is being gamed."""
         return None if self.evaluator is None else await self.evaluator.judge_training(groups, self.producer.stored)
 
     async def publish(self) -> dict[str, float]:
@@ -265,11 +265,11 @@ class Trainer:
             self.tracker.warn(missing)
 
     async def evaluate_late(self) -> None:
-        """After the last step's checkpoint, if that was made without: its evaluation did not end, or was not due."""
+        """Evaluate the last step after its checkpoint, if its evaluation was not due before or did not finish."""
         if self.version not in self.heldout:
             await self.evaluate(self.version)
         if self.schedule.improved:
-            await self.save(self.version)  # the same step, whose manifest now names the best
+            await self.save(self.version)  # the same step again: its manifest now names the best
             await self.sealed()
 
     async def save(self, step: int) -> None:
@@ -277,10 +277,10 @@ class Trainer:
         await self.weight_sync.with_learner_memory(self._save(step))
 
     async def _save(self, step: int) -> None:
-        if self.advanced:  # at an end: what has begun of the next step is asked for again
+        if self.advanced:  # the run ends: what has begun of the next step is requested again later
             self.producer.ask_again(self.buffer.put_back(), step + 1)
             self.advanced = False
-        self.schedule.evaluated(step, self.latest)  # the best metric may be one of steps
+        self.schedule.evaluated(step, self.latest)  # the best metric may be a step metric
         self.saving_fails = True
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
@@ -289,24 +289,24 @@ class Trainer:
         self.schedule.was_saved(step)
 
     async def sealed(self) -> None:
-        """Wait for the checkpoint saved last; raise what failed."""
+        """Wait for the checkpoint saved last; raise its error if it failed."""
         async with self.deadline("the driver", "the last checkpoint to be sealed"):
             await self.checkpointer.finish()
 
     async def save_what_is_whole(self) -> None:
-        """At an end before the last step. A step that has changed nothing yet is asked for again by a resumed run."""
+        """Save a run that ends early. A step that has changed nothing yet is requested again by a resumed run."""
         if not self.whole or self.saving_fails or self.version in (0, self.schedule.saved):
             return
         try:
             await self.save(self.version)
             await self.sealed()
-        except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard
+        except Exception as error:  # may have the cause that ended the run, which must be reported
             self.tracker.warn(f"step {self.version} could not be saved: {type(error).__name__}: {error}")
             return
         self.tracker.message(f"saved after step {self.version}: {self.folder.policy(self.version).parent}")
 
     def deadline(self, who: str, what: str | Callable[[], str]) -> AbstractAsyncContextManager[None]:
-        """Time limit of one step, evaluation or checkpoint."""
+        """Return a context manager with the time limit of one step, evaluation or checkpoint."""
         return waiting(who, what, self.config.trainer.step_timeout_seconds, "trainer.step_timeout_seconds")
 
     def state_dict(self) -> dict[str, Any]:

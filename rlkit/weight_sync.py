@@ -1,7 +1,7 @@
 """Weight sync between learner and sampler, and the time-sharing of GPUs that both use.
 
-GPUs alternate between learner and sampler: `publish` hands them to the sampler, `release_sampler` back. Where nothing
-is shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
+GPUs alternate between learner and sampler: `publish` hands them to the sampler, `release_sampler` hands them back.
+Where nothing is shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TELL_SECONDS = 5.0
-"""When a transfer fails at the learner's end: how long to wait for a worker's error, which would explain it."""
+"""When a transfer fails at the learner's end, how long to wait for a worker's error that would explain it."""
 
 
 class WeightSync:
@@ -40,7 +40,7 @@ class WeightSync:
         rollout.fetch = self._fetch
 
     async def release_sampler(self) -> None:
-        """End sampling: engines make room, the learner takes the GPUs."""
+        """End sampling: engines free memory, and the learner takes the GPUs."""
         if self.sleeps:
             await self.rollout.sleep(self.level)
         await self.learner.reload()
@@ -51,7 +51,7 @@ class WeightSync:
         policy, bundle, proof = self.learner.policy, None, None
         if self.route == "object_store" or self.reward.follows_policy:
             bundle, proof = policy.publishable(self.canary)
-        # First, so that a reward has the weights when it is asked about what they sample.
+        # First, so that a reward has the weights before it judges what they sample.
         following = asyncio.ensure_future(self.reward.follow(bundle))
         try:
             if proof is None:
@@ -67,16 +67,16 @@ class WeightSync:
         return {**agreement.metrics(), **self.rollout.times()}
 
     async def with_learner_memory(self, work: Awaitable[T]) -> T:
-        """Run something that needs the learner's memory while engines hold theirs; then give it back."""
+        """Run something that needs the learner's memory while the engines hold theirs; then hand it back to them."""
         if self.sleeps:
             await self.rollout.sleep(1)
         await self.learner.reload()
         try:
             result = await work
         except WaitedTooLongError:
-            raise  # who hangs is not waited for again
+            raise  # do not wait again for what hangs
         except Exception:
-            await self._give_back()  # engines that sleep would keep an evaluation waiting that comes next
+            await self._give_back()  # sleeping engines would block an evaluation that comes next
             raise
         await self._give_back()
         return result
@@ -87,7 +87,7 @@ class WeightSync:
             await self.rollout.wake()
 
     async def _deliver(self, published: Published) -> Agreement:
-        if self.route == "object_store" and not self.sleeps:  # each worker for itself, in one call
+        if self.route == "object_store" and not self.sleeps:  # each worker on its own, in one call
             self.rollout.announce(published)
             return (await asyncio.gather(self.rollout.confirm({}), self.learner.offload()))[0]
         ready, checksum = await self.rollout.prepare(published), None
@@ -114,8 +114,8 @@ class WeightSync:
             arriving.cancel()
 
     async def _fetch(self) -> Published:
-        """The learner's weights as a bundle, for a replaced worker. With stale data the learner may be a version ahead;
-        that one is published next."""
+        """Return the learner's weights as a bundle, for a replaced worker. With stale data the learner may be a version
+        ahead; that version is published next."""
         policy = self.learner.policy
         bundle, proof = policy.publishable(() if policy.offloaded else self.canary)
         version, wanted = await proof

@@ -1,1 +1,1 @@
-"""The run's Ray, placement of actors, waiting with deadlines, and child processes."""
+"""The run's Ray session, placement of actors, waiting with deadlines, and child processes."""

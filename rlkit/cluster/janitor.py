@@ -1,7 +1,7 @@
 """A process that outlives a driver with its own Ray and removes what is left, however the driver ended.
 
-Ray's session folder, temporary files, and semaphores and shared memory of killed processes. Standard library alone:
-`janitor.py TOKEN FOLDER LOGS`; its standard input ends with the driver.
+It removes Ray's session folder, temporary files, and semaphores and shared memory of killed processes. Standard library
+only: `janitor.py TOKEN FOLDER LOGS`; its standard input ends with the driver.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ TOKEN = "RLKIT_RUN_TOKEN"
 SECONDS = 300.0
 """Deadline for the run's processes to end; after it nothing is removed. More than twice END_SECONDS of rlkit/run.py."""
 ORPHANS_SECONDS = 5.0
-"""For processes that outlive their driver; then they are killed. Ray's agents would call a dead Ray for a minute, and
-an actor that Ray was ending may stay."""
+"""Time after which processes that outlive their driver are killed. Ray's agents would call a dead Ray for a minute, and
+an actor that Ray was ending may remain."""
 ORDERLY, FAILED = b"orderly", b"failed"
 _LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
 """Prefixes of the semaphores and shared memory of Python, torch and NCCL."""
 _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
-"""Inode of a mapped file. (The name there is the one at creation; a semaphore loses it.)"""
+"""Inode of a mapped file. (The name listed there is the one at creation, which a semaphore loses.)"""
 
 
 @contextlib.contextmanager
 def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
     """Remove `folder` and shared memory after the body, or when this process dies.
 
-    Ray's own logs go to `logs` after a kill, or an error unless it says that it is `orderly`.
+    Ray's own logs are copied to `logs` after a kill, or an error unless it has the attribute `orderly`.
     """
     command = [sys.executable, "-I", "-S", __file__, token, str(folder), str(logs.absolute())]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env={}, start_new_session=True)
@@ -51,10 +51,10 @@ def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
     else:
         ending = ORDERLY
     finally:
-        with contextlib.suppress(BrokenPipeError):  # somebody killed it
+        with contextlib.suppress(BrokenPipeError):  # the janitor was killed
             process.stdin.write(ending)
             process.stdin.close()
-        # Not waited for: it ends after the last process of the run, a few seconds later.
+        # Not waited for: the janitor ends after the last process of the run, a few seconds later.
 
 
 def _clear_away(token: str, folder: Path, logs: Path) -> None:
@@ -65,7 +65,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
     shared: set[Path] = set()
     while (left := _processes(token)) and (now := time.monotonic()) < began + SECONDS:
         shared |= _shared_by(left)
-        if alone is None and (not ending or os.getppid() != driver):  # it may still be ending Ray
+        if alone is None and (not ending or os.getppid() != driver):  # the driver may still be ending Ray
             alone = now
         if alone is not None and now > alone + ORPHANS_SECONDS:
             _kill(left)
@@ -77,12 +77,12 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
     if ending != ORDERLY and logs.parent.is_dir():
         for session in folder.glob("ray/session_*_*/logs"):
             shutil.copytree(session, logs, symlinks=True, dirs_exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # somebody removed it
+    with contextlib.suppress(FileNotFoundError):  # already removed
         shutil.rmtree(folder)
 
 
 def end_processes(token: str) -> None:
-    """Kill a run's processes, this one apart, and wait for their end."""
+    """Kill a run's processes, except this one, and wait for their end."""
     ends = time.monotonic() + ORPHANS_SECONDS
     while (left := _processes(token)) and time.monotonic() < ends:
         _kill(left)
@@ -100,7 +100,7 @@ def _processes(token: str) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             alive = mark in (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if alive and int(folder.name) != os.getpid():
             processes.append(int(folder.name))
@@ -108,7 +108,7 @@ def _processes(token: str) -> list[int]:
 
 
 def _shared_by(processes: list[int]) -> set[Path]:
-    """Files in /dev/shm that these processes would leave if killed now."""
+    """Return the files in /dev/shm that these processes would leave behind if killed now."""
     mapped: set[int] = set()
     for process in processes:
         with contextlib.suppress(OSError):  # it has ended

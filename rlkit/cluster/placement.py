@@ -1,7 +1,7 @@
-"""Where actors go, and in which order they load.
+"""Where actors are placed, and in which order they load.
 
-One placement group is reserved before anything loads. Actors on the same GPU load in turn: vLLM measures the whole
-GPU's memory to size its cache.
+One placement group is reserved before anything loads. Actors on the same GPU load one after another, because vLLM
+measures the whole GPU's memory to size its cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlkit.experience import UserError
 TOKEN_CPUS = 0.001
 """A bundle must request something; CPU time is shared, not reserved."""
 BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
-"""vLLM's variable for the bundles of an engine's workers, one each."""
+"""vLLM's variable for the bundles of an engine's workers, one bundle each."""
 
 
 Place = Callable[[int], Mapping[str, Any]]
@@ -32,7 +32,7 @@ def anywhere(number: int) -> Mapping[str, Any]:
 
 
 def beside_driver(number: int) -> Mapping[str, Any]:
-    """On the driver's node, which is alive: Ray may pick one whose death it has not noticed."""
+    """Place on the driver's node, which is alive: Ray may pick one whose death it has not noticed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -41,21 +41,21 @@ def beside_driver(number: int) -> Mapping[str, Any]:
 
 
 class NoRoomError(UserError):
-    """The message says what was asked for and what there is."""
+    """Raised if actors do not fit; the message says what was requested and what is available."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Actors on one node; on the same GPU where they have shares of one."""
+    """Actors on one node; on the same GPU if they have shares of one."""
 
     members: tuple[str, ...]
-    """`rollout-0`, `learner-0`, ... An engine over several GPUs is a member of several bundles."""
+    """`rollout-0`, `learner-0`, ... An engine on several GPUs is a member of several bundles."""
     gpus: float
 
 
 def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -> list[Bundle]:
-    """Colocated: ranks of equal number share a bundle; engine i of t GPUs has bundles i*t to i*t + t-1; rewards are
-    spread.
+    """Return the bundles. Colocated: ranks with the same number share one; engine i of t GPUs has bundles i*t to
+    i*t + t-1; rewards are spread.
 
     On CUDA each bundle is a whole GPU: Ray might put two part-GPU bundles on one. Apart: one bundle per actor.
     """
@@ -100,7 +100,7 @@ def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str
 
 class Placement:
     def __init__(self, group: Any, bundles: list[Bundle]) -> None:
-        """Raises NoRoomError if the GPUs of an engine cannot be on one node."""
+        """Assign bundles. Raises NoRoomError if the GPUs of an engine cannot be on one node."""
         self._group = group
         self._index: dict[str, list[int]] = {}
         for index, bundle in enumerate(bundles):
@@ -132,7 +132,7 @@ class Placement:
 
 
 async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> Any:
-    """Raises NoRoomError if Ray has no room in time."""
+    """Reserve a placement group. Raises NoRoomError if Ray finds no room in time."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -169,8 +169,8 @@ def released(group: Any) -> Iterator[Any]:
 
 
 def loads_after(config: RunConfig) -> dict[str, list[str]]:
-    """For each part that may share a GPU, the parts that must be ready before it loads: sampler, reward, policy,
-    critic."""
+    """Return, for each component that may share a GPU, those that must be ready before it loads: sampler, reward,
+    learner, critic."""
     if not shares_gpus(config.cluster):
         return {}
     reward = ["reward"] if gpu_shares(config).rewards > 0 else []
@@ -180,7 +180,7 @@ def loads_after(config: RunConfig) -> dict[str, list[str]]:
 def start_in_order(
     starts: Mapping[str, Callable[[], Awaitable[object]]], after: Mapping[str, Sequence[str]]
 ) -> dict[str, asyncio.Future[None]]:
-    """A running future per part; each starts once the parts it comes `after`, if they start at all, are ready."""
+    """Return a running future per component; each starts once those it comes `after`, if started at all, are ready."""
     futures: dict[str, asyncio.Future[None]] = {}
 
     async def start(name: str) -> None:
@@ -194,5 +194,5 @@ def start_in_order(
 
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""For actors without a share of a GPU: Ray leaves them the variable as it is, and code that asks for a GPU would
-be put on the first one, beside an engine."""
+"""For actors without a share of a GPU: Ray leaves the variable unchanged for them, and code that asks for a GPU would
+run on the first one, next to an engine."""

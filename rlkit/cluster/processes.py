@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, or at a deadline. Standard library alone."""
+"""Child processes that end with their parent, or at a deadline. Standard library only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def spawn(function: Callable[..., Any], *arguments: Any, name: str | None = None
     """Start `function(*arguments)` (pickled by name) in a fresh Python process that dies with this one. Raises
     OSError.
 
-    It leads its own session: Ctrl-C reaches the parent alone.
+    It leads its own session, so Ctrl-C reaches only the parent.
     """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(function, arguments), name=name)
     process.start()
@@ -49,7 +49,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a command in its own session, with its output in `log`; it may call `die_with_parent`.
 
-    `files`: descriptors that it keeps.
+    `files`: file descriptors that it inherits.
     """
     with log.open("wb") as stream:
         return subprocess.Popen(
@@ -64,7 +64,7 @@ def start(
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, even if both cannot run Python any more.
+    """Have the kernel kill this process when its parent ends, even if neither can run Python any more.
 
     PR_SET_PDEATHSIG would watch the thread that started this process, or the fork server. Instead the parent's end
     of a pipe (the sentinel, or standard input) closes with the parent, and O_ASYNC turns that into a signal.
@@ -74,7 +74,7 @@ def die_with_parent() -> None:
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([pipe], [], [], 0)[0]:  # it ended before
+    if select.select([pipe], [], [], 0)[0]:  # the parent had already ended
         os._exit(1)
 
 
@@ -88,7 +88,7 @@ def wait(process: Process, seconds: float) -> bool:
 
 
 def end(processes: Iterable[Process], seconds: float = 0.0) -> None:
-    """SIGTERM to processes of `spawn` and `start`, and after `seconds` SIGKILL to their process groups."""
+    """Send SIGTERM to processes of `spawn` and `start`, and after `seconds` SIGKILL to their process groups."""
     processes = list(processes)
     if seconds:
         for process in processes:
@@ -98,7 +98,7 @@ def end(processes: Iterable[Process], seconds: float = 0.0) -> None:
             wait(process, deadline - time.monotonic())
     for process in processes:
         ended = wait(process, 0.0)
-        if not (ended and Path(f"/proc/{_pid(process)}").exists()):  # else another process has its number by now
+        if not (ended and Path(f"/proc/{_pid(process)}").exists()):  # otherwise another process has its number by now
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(_pid(process), signal.SIGKILL)
         process.kill()
@@ -114,10 +114,10 @@ def _pid(process: Process) -> int:
 
 
 def kill_with_children(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Kill a process and its children, also those that left its group. `seconds`: limit on stopping it first."""
+    """Kill a process and its children, even those that left its group. `seconds`: limit on stopping it first."""
     if process.poll() is not None:
         return
-    process.send_signal(signal.SIGSTOP)  # it makes no further child
+    process.send_signal(signal.SIGSTOP)  # so that it starts no further children
     deadline = time.monotonic() + seconds
     while not _is_stopped(process.pid) and time.monotonic() < deadline:
         time.sleep(0.0005)
@@ -128,7 +128,7 @@ def kill_with_children(process: subprocess.Popen[bytes], seconds: float) -> None
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a child is stopped or has ended, without reaping it."""
+    """Return whether a child is stopped or has ended, without reaping it."""
     try:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # another thread has waited for it

@@ -1,4 +1,4 @@
-"""The Ray session of a run: its own, or a cluster's that it joins."""
+"""The Ray session of a run: its own, or that of a cluster that it joins."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from rlkit.models.folder import WORKING_FOLDER
 CONNECT_SECONDS = 10.0
 AUTHENTICATION = "RAY_AUTH_MODE"
 NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
-"""Those that Ray would start beforehand have none of our actors' environments."""
+"""Workers that Ray starts in advance have none of our actors' environments."""
 LONGEST_BASE = 24
-"""Most characters of the folder for temporary folders: socket paths below them may have at most 107."""
+"""Most characters of the base for temporary folders: socket paths in them may have at most 107."""
 
 
 @contextmanager
 def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterator[None]:
-    """Join the Ray at `cluster.address` (or of this Ray job), else start one on the loopback interface; leave it at
+    """Join the Ray at `cluster.address` (or of this Ray job), or else start one on the loopback interface; leave it at
     the end.
 
-    A Ray started here ends with the context or this process; its folder is removed, after an error its logs are
-    copied to `logs`. Its servers bind to 127.0.0.1 alone and want Ray's token, which other users of this machine do
-    not have; its metrics alone are answered without one. Raises UserError if RAY_AUTH_MODE turns the token off.
-    `store_bytes`: of its object store.
+    A Ray started here ends with the context or this process. Its folder is removed; after an error its logs are copied
+    to `logs`. Its servers bind only to 127.0.0.1 and require Ray's token, which other users of this machine do not
+    have; only its metrics need none. Raises UserError if RAY_AUTH_MODE turns the token off. `store_bytes`: size of its
+    object store.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,7 +42,7 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
     from ray._private.authentication.authentication_token_setup import _enable_token_auth
 
     address = config.address or os.environ.get("RAY_ADDRESS")
-    here = {WORKING_FOLDER: str(Path.cwd())}  # a Ray that is joined was started somewhere else
+    here = {WORKING_FOLDER: str(Path.cwd())}  # a Ray that is joined was started in another folder
     with contextlib.ExitStack() as stack:
         if address:
             _refuse_silence(address)
@@ -54,7 +54,7 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
             token, folder = uuid.uuid4().hex, _temporary_folder()
             own = {TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token", **here}
             stack.enter_context(_environment(**own, **NO_IDLE_WORKERS))
-            _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
+            _enable_token_auth()  # also Ray's default, but that may change, or Ray be imported already
             stack.enter_context(_changed_ray())
             stack.callback(ray.shutdown)
             stack.enter_context(janitor(token, folder, logs))
@@ -65,27 +65,27 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
                 logging_level=logging.WARNING,
                 object_store_memory=int(store_bytes),
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder / "ray"),  # which Ray makes writable for everybody, as `folder` is not
+                _temp_dir=str(folder / "ray"),  # Ray makes it writable for everybody, unlike `folder`
             )
         yield
 
 
 def _start(token: str, **options: Any) -> None:
-    """Twice if need be: Ray waits 30 s for its node, whatever else the machine does."""
+    """Start Ray, with a second try if needed: Ray waits 30 s for its node, however busy the machine is."""
     import ray
 
     for trial in (1, 2):
         try:
             ray.init(**options)
             return
-        except Exception as error:  # Ray's own words for this are a plain Exception
+        except Exception as error:  # Ray raises a plain Exception for this
             if "timed out during startup" not in str(error):
                 raise
             if trial == 2:
                 raise UserError(
                     "Ray did not start in time, twice: this machine is very busy, or out of memory; try again"
                 ) from error
-            end_processes(token)  # what of Ray had started
+            end_processes(token)  # the part of Ray that had started
 
 
 def _refuse_open_doors() -> None:
@@ -100,10 +100,10 @@ def _refuse_open_doors() -> None:
 
 @contextmanager
 def _changed_ray() -> Iterator[None]:
-    """Ray 2.60 replaces the node address 127.0.0.1 by one that other machines reach. All its servers bind to loopback
-    alone when the address really is 127.0.0.1, and to every interface otherwise.
+    """Keep Ray's node address at 127.0.0.1, which Ray 2.60 replaces by one that other machines reach. Its servers bind
+    only to loopback if the address really is 127.0.0.1, and to every interface otherwise.
 
-    Nor does it start two processes of which nothing is wanted here: the reader of workers' logs, and the autoscaler.
+    Also keep Ray from starting two processes that are not needed here: the reader of workers' logs, and the autoscaler.
     """
     from ray._private import services
     from ray._private.node import Node
@@ -125,7 +125,7 @@ def _changed_ray() -> Iterator[None]:
 
 def _temporary_folder() -> Path:
     base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    # Compiled kernels stay for the next run.
+    # Keep compiled kernels for the next run.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/torchinductor_{os.getuid()}")
     if len(base) > LONGEST_BASE:
         base = "/tmp"
@@ -147,10 +147,10 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _refuse_silence(address: str) -> None:
-    """Raise ConnectionError if nobody listens at HOST:PORT: Ray would wait for minutes and say little."""
+    """Raise ConnectionError if nothing listens at HOST:PORT: Ray would wait for minutes and say little."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        return  # auto, or another of Ray's forms
+        return  # auto, or another form that Ray accepts
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:

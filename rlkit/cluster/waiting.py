@@ -3,7 +3,7 @@
 async with waiting("step 3", lambda: f"rollout worker 1: {len(left)} groups", 1800, "trainer.step_timeout_seconds"):
     ...
 
-While a Watchdog is open, long waits are reported before their deadline, all open ones in one line.
+While a Watchdog is open, long waits are reported before their deadline, together with all other open waits in one line.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from types import TracebackType
 from rlkit.experience import UserError
 
 TICK_SECONDS = 0.5
-"""How often the watchdog looks at the open waits."""
+"""How often the watchdog checks the open waits."""
 GRACE_SECONDS = 60.0
-"""A wait still open this long after its deadline cannot be cancelled: its process is ended."""
+"""A wait still open this long after its deadline cannot be cancelled, so its process is ended."""
 REPORT_SECONDS = 5.0
 """How long writing a report may take; the watchdog continues without it."""
 NEARLY_DUE = 0.9
@@ -35,7 +35,7 @@ NEARLY_DUE = 0.9
 class Wait:
     who: str
     what: str | Callable[[], str]
-    """A function is called for every report, also from the watchdog's thread."""
+    """A function is called for every report, possibly from the watchdog's thread."""
     seconds: float
     """Its deadline, counted from `began`."""
     limit: str
@@ -44,7 +44,7 @@ class Wait:
     """Whether the event loop ends it at its deadline."""
     began: float = field(default_factory=time.monotonic)
     reported: float = 0.0
-    """Seconds it had lasted at its last report."""
+    """Seconds that it had lasted at its last report."""
 
     @property
     def waited_for(self) -> str:
@@ -65,7 +65,7 @@ class Wait:
 
 
 class WaitedTooLongError(UserError):
-    """A deadline passed. The message says who waited for what, and what else was waited for at that moment."""
+    """Raised when a deadline has passed; the message says who waited for what, and which other waits were open."""
 
 
 _open: dict[Wait, None] = {}
@@ -78,7 +78,7 @@ def open_waits() -> list[Wait]:
 
 @asynccontextmanager
 async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit: str) -> AsyncIterator[None]:
-    """Raise WaitedTooLongError if the body takes longer than `seconds`, which come from the key `limit`.
+    """Raise WaitedTooLongError if the body takes longer than `seconds`, the value of the configuration key `limit`.
 
     A TimeoutError from inside passes through.
     """
@@ -89,7 +89,7 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
         nonlocal message
         timeout.reschedule(loop.time())
         message = f"{who} waited more than {limit}={seconds:g} s for {wait.waited_for}"
-        # Now, before what is waited for inside is cancelled (in the loop's next turn).
+        # Listed now, before the inner waits are cancelled in the loop's next iteration.
         others = "; ".join(str(other) for other in _open if other is not wait)
         message += f". Waiting at that moment: {others}" if others else ""
 
@@ -109,7 +109,7 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
 
 @contextmanager
 def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
-    """For a library call, which cannot be cancelled: at its deadline an open Watchdog ends the process."""
+    """List a library call, which cannot be cancelled, as a wait: at its deadline an open Watchdog ends the process."""
     wait = Wait(who, what, seconds, limit, cancels=False)
     _open[wait] = None
     try:
@@ -153,7 +153,7 @@ class Watchdog:
         return max(self._share * wait.seconds, 2 * wait.reported)
 
     def _report(self, line: str) -> None:
-        """In another thread: no deadline may depend on a screen that is closed or blocks."""
+        """Report in another thread: no deadline may depend on a screen that is closed or blocks."""
         thread = threading.Thread(target=self._say_or_write, args=(line,), name="watchdog-report", daemon=True)
         thread.start()
         thread.join(REPORT_SECONDS)
@@ -166,7 +166,7 @@ class Watchdog:
                 file.write(f"{line}\n(could not be said: {type(error).__name__}: {error})\n")
 
     def _end(self, wait: Wait, waits: list[Wait]) -> None:
-        """The event loop is blocked, or a library does not return."""
+        """End the process: the event loop is blocked, or a library call does not return."""
         try:
             with self._stacks.open("a") as file:
                 faulthandler.dump_traceback(file=file)

@@ -1,1 +1,1 @@
-"""`rlkit doctor`: what this machine and this installation have and lack."""
+"""`rlkit doctor`: check this machine and this installation."""

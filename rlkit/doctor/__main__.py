@@ -1,7 +1,7 @@
-"""`rlkit doctor`: what this machine and this installation have and lack, and the line that installs what is missing.
+"""`rlkit doctor`: report what this machine and this installation have and lack, and how to install what is missing.
 
-Exit code 0 if runs can start here, else 1. Looking at runs, evaluating recorded answers and dry_run=true need the core
-alone.
+Exit code 0 if runs can start here, else 1. Looking at runs, evaluating recorded answers and dry_run=true need only the
+core.
 """
 
 from __future__ import annotations

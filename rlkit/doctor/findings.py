@@ -1,4 +1,4 @@
-"""What is reported: a finding per line."""
+"""Findings, which are reported one per line."""
 
 from __future__ import annotations
 

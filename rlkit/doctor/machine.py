@@ -1,4 +1,4 @@
-"""What the machine has: GPU and driver, memory, shared memory, files, loopback, sandbox, caches."""
+"""Check the machine: GPU and driver, memory, shared memory, files, loopback, sandbox, caches."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlkit.doctor.findings import Finding
 TRIED_PYTHON = (3, 11)
 COMMAND_SECONDS = 20.0
 CUDA_SECONDS = 120.0
-"""torch on a cold disk, and a driver that wakes."""
+"""Enough for loading torch from a cold disk, and for a driver that wakes up."""
 MEMORY, DISK, SHARED = 8 * 2**30, 5 * 2**30, 2**29
-"""Bytes: what the README asks for, and Ray's smallest object store."""
+"""Bytes: the README's requirements, and Ray's smallest object store."""
 FILES = 4096
 
 
 def machine_findings(build: str | None) -> Iterator[Finding]:
-    """`build`: torch's, as `torch_build` says."""
+    """Yield the machine's findings. `build`: torch's, as returned by `torch_build`."""
     tried = sys.version_info[:2] == TRIED_PYTHON
     yield _judged("Python", platform.python_version(), "" if tried else "; rlkit was tried with 3.11")
     here = f"{platform.system()} {platform.machine()}"
@@ -46,7 +46,7 @@ def _judged(name: str, text: str, doubt: str) -> Finding:
 
 
 def _said(command: Sequence[str], seconds: float = COMMAND_SECONDS) -> str | None:
-    """What it printed, None if it failed."""
+    """Return what a command printed, or None if it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -83,7 +83,7 @@ def gpu_findings(build: str | None) -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     if sys.platform == "linux":
         memory = host_memory()
-        enough = memory >= MEMORY * 0.95  # what the kernel keeps is not counted
+        enough = memory >= MEMORY * 0.95  # the kernel's own share is not counted
         few = "" if enough else "; the smallest run needs 8 GiB"
         yield _judged("memory", f"{size_text(memory)}, {os.cpu_count()} cores", few)
         shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
@@ -103,7 +103,7 @@ def _open_files() -> Finding:
 
 
 def _loopback() -> Finding:
-    """Ray, endpoints and servers talk over it."""
+    """Check the loopback interface, over which Ray, endpoints and servers communicate."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()

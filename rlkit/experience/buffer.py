@@ -1,17 +1,17 @@
 """The experience buffer as a pure state machine: no Ray, no clock, no threads.
 
-Producers ask for places before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole
-steps (`take`) and announces new policy versions (`advance`) as it publishes them.
+Producers reserve slots before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole steps
+(`take`) and announces new policy versions (`advance`) as it publishes them.
 
-A place belongs to a training step. Of the steps that may be sampled for, version + 1 to version + 1 + s with a
-staleness bound s, the first that lacks groups gets the next place, so that replacements for rejected groups come first
-and have the newest weights. A step is trained when its n groups are there, and not before: nothing becomes too old,
-nothing is dropped, and no fast group takes the place of a slow one. A group that was started when the policy had
-version v is trained at the latest with weights of version v + s. Which groups a step trains does not depend on timing,
-unless filters reject some and s > 0: a replacement's prompt is then the next one at the moment of the rejection.
+A slot belongs to a training step. With a staleness bound s, steps version + 1 to version + 1 + s may be sampled for.
+The first of them that lacks groups gets the next slot, so replacements for rejected groups come first and are sampled
+with the newest weights. A step is trained once its n groups are complete, and not before: no group becomes too stale,
+none is dropped, and no fast group takes the slot of a slow one. A group that was started with policy version v is
+trained with weights of version v + s at the latest. Which groups a step trains does not depend on timing, unless
+filters reject some and s > 0: the replacement's prompt is then whichever is next at the moment of the rejection.
 
-s = 0 is synchronous training. There more groups than a step lacks may be asked for (`oversample`): a step then takes
-those asked for first, once all are judged, and the others are dropped.
+s = 0 is synchronous training. With it, more groups than a step lacks may be requested (`oversample`): once all are
+judged, the step takes those requested first and drops the others.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rlkit.experience.filters import GroupFilter, verdict
 from rlkit.experience.types import Group
 
 NEARLY_ALL = 0.9
-"""Share of a step's rejected groups whose verdict explains why nothing is left."""
+"""Share of a step's rejected groups that must have the same verdict for it to explain why nothing is left."""
 
 
 class TooManyRejectedError(UserError):
-    """The filters leave too little to train on; the message names them."""
+    """Raised when the filters leave too little to train on; the message names them."""
 
 
 class DataSolvedError(TooManyRejectedError):
-    """Because the policy answers nearly every problem rightly: the good end of a run."""
+    """Raised when the policy answers nearly every problem correctly: the good end of a run."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class BufferStats:
     ready: int
     in_flight: int
     rejected: Mapping[str, int]
-    """By rule, since the start."""
+    """Rejected groups since the start, by rule."""
     verdicts: Mapping[str, int] = field(default_factory=dict)
-    """Rejected groups since the start, by `all_right`, `all_wrong` and `mixed`."""
+    """Rejected groups since the start, by verdict: `all_right`, `all_wrong` or `mixed`."""
     surplus: int = 0
-    """Dropped since the start, because a step had more than it takes."""
+    """Groups dropped since the start because their step had more than it takes."""
 
 
 def with_surplus(groups: int, oversample: float) -> int:
-    """How many groups to ask for where so many are lacking."""
+    """Return how many groups to request when `groups` are missing."""
     return math.ceil(groups * oversample - 1e-9)  # 10 x 1.1 is 11, whatever floating point says
 
 
@@ -65,32 +65,31 @@ class ExperienceBuffer:
         max_rejected_share: float,
         oversample: float = 1.0,
     ) -> None:
-        """`oversample` above 1 is for `max_staleness` 0."""
+        """`oversample` may exceed 1 only if `max_staleness` is 0."""
         self.groups_per_step = groups_per_step
         self.max_staleness = max_staleness
         self.oversample = oversample
         self._rejected_by = rejected_by
         self._max_rejected_share = max_rejected_share
         self._ready: defaultdict[int, list[Group]] = defaultdict(list)
-        """By step."""
+        """Accepted groups by step."""
         self._in_flight: Counter[int] = Counter()
-        """By step."""
+        """Number of groups by step."""
         self._version = 0
         self._taken_step = 0
-        """The last one that the learner took."""
+        """The last step that the learner took."""
         self._rejected: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._judged_this_step = 0
         self._rejected_this_step: Counter[str] = Counter()
         self._surplus = 0
         self._untrained: list[Group] = []
-        """Rejected, or surplus, since they were last taken."""
+        """Groups rejected or dropped as surplus since the last `take_rejected`."""
         self._taken: list[tuple[str, str]] = []
-        """(group, prompt) ids of the groups taken since the last version, of a step that has begun, and of its surplus.
-        """
+        """(group, prompt) ids of the groups, surplus included, of a step begun since the last version."""
 
     def reserve(self, limit: int) -> list[int]:
-        """The steps of groups that a producer may start now, at most `limit`; they are in flight from here on."""
+        """Return the steps of the groups, at most `limit`, that a producer may start now; they are then in flight."""
         places: list[int] = []
         for step in range(max(self._version, self._taken_step) + 1, self._version + self.max_staleness + 2):
             lacking = self.groups_per_step - len(self._ready[step]) - self._in_flight[step]
@@ -100,10 +99,10 @@ class ExperienceBuffer:
         return places
 
     def add(self, group: Group) -> bool:
-        """Hand in a scored group, whose step is that of its place. False if a filter rejected it.
+        """Hand in a scored group, whose step is that of its slot. Returns False if a filter rejects it.
 
-        Raises TooManyRejectedError when this step's filters reject more than the configured share (judged only after
-        twice the needed number of groups, so that one unlucky draw does not end a run).
+        Raises TooManyRejectedError when the filters reject more than the configured share of this step's groups
+        (checked only after twice the number of groups needed, so that one unlucky draw does not end a run).
         """
         if not self._in_flight[group.step]:
             raise ValueError(f"group {group.id} was handed in for step {group.step}, which has none in flight")
@@ -121,7 +120,7 @@ class ExperienceBuffer:
         return True
 
     def take(self) -> list[Group] | None:
-        """The groups of the next step, in the order asked for, whoever was scored first; None if some are lacking."""
+        """Return the next step's groups in the order requested, not in order of scoring; None if some are missing."""
         step = self._version + 1
         if len(self._ready[step]) < self.groups_per_step or (self.oversample > 1 and self._in_flight[step]):
             return None
@@ -136,15 +135,15 @@ class ExperienceBuffer:
         return taken
 
     def take_rejected(self) -> list[Group]:
-        """Rejected, or surplus, since the last call, sorted by id: metrics are of all judged groups."""
+        """Return the groups rejected or surplus since the last call, sorted by id: metrics cover all judged groups."""
         groups, self._untrained = self._untrained, []
         return sorted(groups, key=lambda group: group.id)
 
     def put_back(self) -> list[tuple[str, str]]:
-        """Undo the step that began with the last version and will not be trained, for a checkpoint in its middle.
+        """Undo the step that began with the last version and will not be trained, for a checkpoint in mid-step.
 
-        Returns (group, prompt) ids of its groups, which must be asked for again: also of those on their way to whoever
-        took them. With `oversample`, of all that were accepted for it: which are surplus is known when all are judged.
+        Returns the (group, prompt) ids of its groups, which must be requested again, even if `take` handed them out.
+        With `oversample` these are all groups accepted for it: which are surplus is known only once all are judged.
         """
         taken, self._taken = self._taken, []
         if self.oversample > 1:
@@ -154,7 +153,7 @@ class ExperienceBuffer:
         return taken
 
     def advance(self, version: int) -> None:
-        """Weights of `version` are on their way. Raises ValueError if it does not follow the last."""
+        """Note that weights of `version` are on their way. Raises ValueError if it does not follow the last version."""
         if version != self._version + 1:
             raise ValueError(f"the buffer is at policy version {self._version}, so version {version} cannot follow")
         self._version = version
@@ -171,7 +170,7 @@ class ExperienceBuffer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the groups in flight, which are requested again after a resume."""
+        """Return everything except the groups in flight, which are requested again after a resume."""
         return {
             "ready": [group for step in sorted(self._ready) for group in self._ready[step]],
             "version": self._version,
@@ -184,7 +183,7 @@ class ExperienceBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._version = state["version"]
         ready = state["ready"]
-        if "taken_step" not in state:  # before 0.5 places belonged to no step, and a checkpoint followed a whole one
+        if "taken_step" not in state:  # before 0.5 slots had no step, and checkpoints were written after whole steps
             n = self.groups_per_step
             ready = [replace(group, step=self._version + 2 + i // n) for i, group in enumerate(ready)]
         self._taken_step = state.get("taken_step", self._version + 1)

@@ -1,4 +1,4 @@
-"""What the episodes of a step or of an evaluation have in common."""
+"""Metrics over the episodes of a step or of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlkit.experience.types import Sample
 
 
 def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Of the samples that are episodes; means over those whose environment did not break."""
+    """Return metrics of the samples that are episodes; means leave out those whose environment broke."""
     episodes = [(sample, sample.episode) for sample in samples if sample.episode is not None]
     if not episodes:
         return {}
@@ -36,7 +36,7 @@ def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def share_bounds(samples: Sequence[Sample]) -> dict[str, float]:
-    """For metrics of the environment that are 0 or 1 in every episode: bounds of the share."""
+    """Return bounds of the share for those environment metrics that are 0 or 1 in every episode."""
     bounds: dict[str, float] = {}
     for name, values in _of_their_own(samples).items():
         if set(values) <= {0.0, 1.0}:

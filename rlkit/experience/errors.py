@@ -1,5 +1,5 @@
-"""The root of the errors that a user can act on."""
+"""The base of all errors that a user can act on."""
 
 
 class UserError(Exception):
-    """Its message is all a user needs: what is wrong and what to do. Commands print it without a traceback."""
+    """Its message is all that a user needs: what is wrong and what to do. Commands print it without a traceback."""

@@ -1,11 +1,11 @@
-"""What to say where a package is not installed that rlkit's core does not bring."""
+"""Messages about missing packages that rlkit's core does not install."""
 
 from importlib.util import find_spec
 
 from rlkit.experience.errors import UserError
 
 TRAINING = ("torch", "transformers", "deepspeed", "ray", "vllm")
-"""What the extras `cpu` and `cuda` bring, by the names that are imported."""
+"""Packages that the extras `cpu` and `cuda` install, by import name."""
 _BROUGHT_ALONG = ("accelerate", "aiohttp", "requests", "safetensors")
 
 
@@ -13,14 +13,14 @@ class NotInstalledError(UserError): ...
 
 
 def lacking(package: str, extra: str = "") -> list[str]:
-    """A message for the user if it is not installed. `extra`: rlkit's that brings it, if it has another name."""
+    """Return a message if `package` is not installed. `extra`: the rlkit extra that installs it, if named otherwise."""
     if find_spec(package) is not None:
         return []
     return [f"the package {package} is not installed: pip install 'rlkit[{extra or package}]'"]
 
 
 def lacking_for_training(*packages: str) -> list[str]:
-    """A message that names all of `packages` that are not installed, if there are any."""
+    """Return a message that names those of `packages` that are not installed, if there are any."""
     missing = [package for package in packages if find_spec(package) is None]
     if not missing:
         return []
@@ -32,12 +32,12 @@ def lacking_for_training(*packages: str) -> list[str]:
 
 
 def refuse_without(*packages: str) -> None:
-    """Raises NotInstalledError."""
+    """Raise NotInstalledError if any of `packages` is not installed."""
     for message in lacking_for_training(*packages):
         raise NotInstalledError(message)
 
 
 def named_extra(error: Exception) -> str | None:
-    """What to say about an import that failed, if `cpu` and `cuda` bring the package."""
+    """Return the message for a failed import if `cpu` and `cuda` install the package, else None."""
     package = ((error.name if isinstance(error, ModuleNotFoundError) else None) or "").partition(".")[0]
     return next(iter(lacking_for_training(package) if package in (*TRAINING, *_BROUGHT_ALONG) else []), None)

@@ -1,4 +1,4 @@
-"""Which scored groups are worth training on, as one pure function."""
+"""Decide which scored groups are worth training on, in one pure function."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class BufferConfig(Section):
     drop_equal_rewards: bool = False
     """Reject groups whose rewards are all equal: they teach nothing (DAPO's dynamic sampling)."""
     min_group_reward: float | None = None
-    """Reject groups whose mean reward is below this (inclusive; with 0/1 rewards: the group's accuracy)."""
+    """Reject groups whose mean reward (with 0/1 rewards: the group's accuracy) is below this; equal is kept."""
     max_group_reward: float | None = None
-    """Reject groups whose mean reward is above this (inclusive)."""
+    """Reject groups whose mean reward is above this; equal is kept."""
     truncated: Literal["keep", "mask", "drop_group"] = "keep"
-    """Responses cut at `rollout.max_response_tokens`, and episodes also at `environment.max_turns`. keep: trained on
-    with the reward they got; mask: left out of baselines and loss, as invalid ones are (DAPO's overlong filtering);
-    drop_group: their whole group is rejected."""
+    """What to do with responses cut at `rollout.max_response_tokens`, and with episodes also cut at
+    `environment.max_turns`. keep: train on them with the reward they got; mask: leave them out of baselines and loss,
+    like invalid ones (DAPO's overlong filtering); drop_group: reject their whole group."""
     drop_truncated: bool = False
     """Older form of `truncated=drop_group`."""
     retire_solved_share: float | None = Field(default=None, gt=0, le=1)
-    """Never ask a prompt again once this share of its responses was right (OLMo 3: 0.875): the component `correct` or
-    `success`, or a reward of 1. null: prompts return in every epoch."""
+    """Never sample a prompt again once this share of its responses was right (OLMo 3: 0.875), by the score's component
+    `correct` or `success`, or else by a reward of 1. null: prompts return in every epoch."""
     max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
-    """If more than this share of a step's groups is rejected, the run ends: well if the policy answers them all
-    rightly, else with an error that names the filter."""
+    """If more than this share of a step's groups is rejected, the run ends: successfully if the policy answers them all
+    correctly, otherwise with an error that names the filter."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -58,9 +58,9 @@ class BufferConfig(Section):
 
 
 def make_filter(config: BufferConfig) -> GroupFilter:
-    """The configured rules in one function. Invalid samples are ignored; a group without a valid one is kept.
+    """Return the configured rules as one function. Invalid samples are ignored; a group without valid ones is kept.
 
-    (Failures are for `reward.max_failed_share`: resampling would hide a broken reward.)
+    (`reward.max_failed_share` deals with failures: resampling would hide a broken reward.)
     """
 
     def rejected_by(group: Group) -> str | None:
@@ -85,7 +85,7 @@ def is_truncated(sample: Sample) -> bool:
 
 
 def masked(group: Group) -> Group:
-    """The scored group with invalid scores for its truncated samples."""
+    """Return the scored group with invalid scores for its truncated samples."""
     if group.scores is None or not any(map(is_truncated, group.samples)):
         return group
     scores = tuple(_cut(sample) if score.valid and is_truncated(sample) else score for sample, score in group.scored())
@@ -99,7 +99,7 @@ def _cut(sample: Sample) -> Score:
 
 
 def solved(groups: Iterable[Group], share: float | None) -> list[str]:
-    """Ids of the prompts of which that share of the valid responses was right; none for null."""
+    """Return the ids of the prompts of which at least `share` of the valid responses was right; none if it is None."""
     if share is None:
         return []
     return [
@@ -110,7 +110,7 @@ def solved(groups: Iterable[Group], share: float | None) -> list[str]:
 
 
 def _right(group: Group) -> list[float | None]:
-    """What each valid sample got: its rightness, or its reward."""
+    """Return each valid sample's rightness, or its reward where the score has none."""
     valid = [score for _, score in group.scored() if score.valid]
     return [score.value if (right := rightness(score)) is None else right for score in valid]
 
@@ -119,13 +119,13 @@ Verdict = Literal["all_right", "all_wrong", "mixed"]
 
 
 def verdict(group: Group) -> Verdict:
-    """By the component `correct` or `success`, or the reward: all valid samples 1 (right), or all 0 (wrong)."""
+    """Return whether all valid samples are right (1) or wrong (0): component `correct` or `success`, or the reward."""
     values = set(_right(group))
     return "all_right" if values == {1.0} else "all_wrong" if values == {0.0} else "mixed"
 
 
 def why_dropped(group: Group, rejected_by: GroupFilter) -> str:
-    """Of a group that the buffer did not hand out: its verdict where all are right or all wrong, else the rule that
+    """Return why the buffer did not hand out a group: its verdict if all are right or all wrong, else the rule that
     rejected it; `surplus` if none did."""
     rule = rejected_by(group)
     if rule is None:

@@ -1,4 +1,4 @@
-"""Names that a user writes: the nearest spelling, and the object at a dotted path."""
+"""Resolve names that a user writes: the nearest valid spelling, and the object at a dotted path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.experience.errors import UserError
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The name that was meant: at most one slip per four letters away, or the shortest that has all words of `name`."""
+    """Return the name meant: at most one typo per four letters away, or the shortest with all the words of `name`."""
     typed = name.lower()
     spelled = {candidate.lower(): candidate for candidate in sorted(valid)}
     slips = {candidate: edits(typed, candidate) for candidate in spelled if len(typed) > 1}
@@ -26,7 +26,7 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def edits(left: str, right: str) -> int:
-    """Letters to insert, delete, replace or swap with their neighbour to get from one text to the other."""
+    """Return how many letters to insert, delete, replace or swap with a neighbour to turn one text into the other."""
     above, row = list[int](), list(range(len(right) + 1))
     for i, letter in enumerate(left, 1):
         older, above, row = above, row, [i]
@@ -38,13 +38,13 @@ def edits(left: str, right: str) -> int:
 
 
 class NotFoundError(UserError, ValueError):
-    """No object at a dotted path; the message says why, without the path."""
+    """Raised if there is no object at a dotted path; the message says why, without the path."""
 
 
 def find_object(path: str, suits: Callable[[Any], bool] = callable) -> Any:
-    """The object at `my_module.name` or `my_module.Class.name`; `suits` chooses what a message proposes.
+    """Return the object at `my_module.name` or `my_module.Class.name`; error messages propose names that `suits`.
 
-    Raises NotFoundError, also for whatever a module of the user's raises while it is imported.
+    Raises NotFoundError, also for anything that a user's module raises on import.
     """
     steps = path.split(".")
     if len(steps) < 2 or not all(step.isidentifier() for step in steps):
@@ -55,7 +55,7 @@ def find_object(path: str, suits: Callable[[Any], bool] = callable) -> Any:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-                continue  # perhaps a class of a shorter module name
+                continue  # the last part may be a class in a module with a shorter name
             raise NotFoundError(f"cannot be imported: {_cause(error)}") from error
         except Exception as error:
             raise NotFoundError(f"cannot be imported: {_cause(error)}") from error
@@ -67,7 +67,7 @@ def find_object(path: str, suits: Callable[[Any], bool] = callable) -> Any:
 
 
 def find_class(kind: str, path: Any, base: type) -> Any:
-    """The class at a dotted path, a concrete subclass of `base`; `kind` is for messages. Raises NotFoundError."""
+    """Return the concrete subclass of `base` at a dotted path; `kind` is for messages. Raises NotFoundError."""
     if not isinstance(path, str) or "." not in path:
         raise NotFoundError("must be the dotted path of a class, like my_module.MyClass")
     cls = find_object(path, inspect.isclass)
@@ -103,7 +103,7 @@ def _lacks(module: Any, name: str, suits: Callable[[Any], bool]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """`TypeError: text (file.py:12)`, with the innermost line outside the import machinery."""
+    """Return `TypeError: text (file.py:12)`, with the innermost line outside the import machinery."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]

@@ -17,7 +17,7 @@ RECORD, ARRAY, TUPLE = "__record__", "__array__", "__tuple__"
 
 
 def to_json(value: Any) -> Any:
-    """Return what `json.dumps` takes. Raises TypeError for anything that `from_json` could not bring back."""
+    """Return what `json.dumps` accepts. Raises TypeError for anything that `from_json` could not restore."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -41,7 +41,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Raises KeyError or TypeError for what `to_json` did not write."""
+    """Restore what `to_json` wrote. Raises KeyError or TypeError for records that it did not write."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What reward benchmarks make of scores: pure functions, each with the rule of its own authors.
+"""How reward benchmarks turn scores into results: pure functions, each with its authors' rule.
 
-All take questions with a score for each response and return shares from 0 to 1 by name, `total` among them. Scores are
-finite: what a reward could not judge is left out, and counted, before.
+All take questions with a score for each response and return shares from 0 to 1 by name, among them `total`. Scores are
+finite: responses that a reward could not judge have been counted and left out before.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
         "hep-rust": 164,
     },
 }  # fmt: skip
-"""RewardBench: section -> subset -> weight, the number of questions; `math-prm` has 447 and the weight of all the code
-beside it. The authors' code gave XSTest's two subsets each other's weight until September 2024 at least; its figures of
-then for Safety differ."""
+"""RewardBench: section -> subset -> weight, which is the number of questions; only `math-prm`, with 447 questions, has
+the weight of all code subsets together. The authors' code swapped the weights of XSTest's two subsets until September
+2024 at least, so its Safety figures from then differ."""
 JUDGE_BENCH = {
     "mmlu-pro": "knowledge",
     "livebench-reasoning": "reasoning",
     "livebench-math": "math",
     "livecodebench": "coding",
 }
-"""Beginning of a question's source -> its category."""
+"""Prefix of a question's source -> its category."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Question:
 
 
 def reward_bench(questions: Sequence[Question]) -> dict[str, float]:
-    """RewardBench (arXiv 2403.13787): a strict comparison of two responses; subsets are weighted within a section,
-    sections count alike. Subsets and sections without a question are left out."""
+    """RewardBench (arXiv 2403.13787): a strict comparison of two responses. Subsets are weighted within a section;
+    sections count equally. Subsets and sections without questions are left out."""
     subsets = _means(questions, _strictly_better)
     sections: dict[str, float] = {}
     for section, weights in SECTIONS.items():
@@ -68,7 +68,7 @@ def reward_bench(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def reward_bench_2(questions: Sequence[Question]) -> dict[str, float]:
-    """RewardBench 2 (arXiv 2506.01937): in five subsets the best of four responses, in `Ties` several right ones."""
+    """RewardBench 2 (arXiv 2506.01937): best of four responses in five subsets, several right responses in `Ties`."""
     ties = [question for question in questions if question.subset.lower() == TIES.lower()]
     subsets = _means((question for question in questions if question not in ties), best_of)
     if ties:
@@ -77,7 +77,7 @@ def reward_bench_2(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def best_of(question: Question) -> float:
-    """Credit for a right response among those with the highest score, shared by all of these."""
+    """Return 1 if a right response has the highest score, shared among all responses with that score; else 0."""
     scores = np.array([*question.right, *question.wrong])
     highest = scores == scores.max()
     return float(highest[: len(question.right)].any() / highest.sum())
@@ -86,8 +86,8 @@ def best_of(question: Question) -> float:
 def ties_score(questions: Sequence[Question]) -> float:
     """RewardBench 2's `Ties`: ids are `ref:N` (one right response) and `tied:N` (several).
 
-    0.6 for right above wrong, 0.4 for a gap to the wrong ones that is larger than the spread of the right ones, and at
-    most 0.01 for how much larger.
+    0.6 for right responses above wrong ones, 0.4 for a gap between them larger than the spread of the right ones, and
+    at most 0.01 for how much larger it is.
     """
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
@@ -111,10 +111,10 @@ def ties_score(questions: Sequence[Question]) -> float:
 
 
 def rm_bench(questions: Sequence[Question]) -> dict[str, float]:
-    """RM-Bench (arXiv 2410.16184): three right and three wrong responses, each concise, detailed, and in Markdown.
+    """RM-Bench (arXiv 2410.16184): three right and three wrong responses, one each concise, detailed and in Markdown.
 
-    A domain's share is the mean over all nine comparisons, the total the mean over domains. hard: the wrong response
-    has more style than the right one; normal: as much; easy: less. Both safety subsets are one domain.
+    A domain's share is the mean over all nine comparisons, the total is the mean over domains. hard: the wrong response
+    has more style than the right one; normal: as much; easy: less. The two safety subsets form one domain.
     """
     by_domain: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     for question in questions:
@@ -131,7 +131,7 @@ def rm_bench(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def judge_bench(questions: Sequence[Question]) -> dict[str, float]:
-    """JudgeBench (arXiv 2410.12784) for reward models, which see one order; a tie is no success, as in its authors'
+    """JudgeBench (arXiv 2410.12784) for reward models, which see one order; a tie counts as wrong, as in its authors'
     comparison of both orders. The total is over questions, not over categories. `subset` is a question's source."""
     named = [
         Question(
@@ -146,14 +146,14 @@ def judge_bench(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def pair_agreement(questions: Sequence[Question]) -> dict[str, float]:
-    """By subset, the mean over questions: share of pairs of right and wrong responses that scores order rightly, ties
-    half, which is the area under a question's ROC curve."""
+    """Return, by subset, the mean over questions of the area under the ROC curve: the share of pairs of a right and a
+    wrong response that the scores order correctly, ties counting half."""
     return _with_total(_means((q for q in questions if q.right and q.wrong), _ordered))
 
 
 def ppe(questions: Sequence[Question]) -> dict[str, float]:
-    """PPE's correctness sets (arXiv 2410.14872): `pair_agreement`, on all pairs in the place of the drawn ones, and the
-    share of right answers where the highest score of k is taken, over all questions, up to the fewest responses."""
+    """PPE's correctness sets (arXiv 2410.14872): `pair_agreement`, on all pairs instead of sampled ones, and best of k,
+    the share of right answers, over all questions, with k up to the smallest number of responses."""
     fewest = min(len(question.right) + len(question.wrong) for question in questions)
     curve = {k: float(np.mean([_chosen(q, k) for q in questions])) for k in (1, 2, 4, 8, 16, 32) if k <= fewest}
     return pair_agreement(questions) | {f"best of {k}": share for k, share in curve.items()}

@@ -1,7 +1,7 @@
-"""What a reward returned, checked sample by sample; failures counted by reason. Pure: no Ray, no reward.
+"""Check what a reward returned, sample by sample, and count failures by reason. Pure: no Ray, no reward.
 
-Two kinds of failure are told apart. Infrastructure: the reward's process hangs, dies or raises; the pool tries
-elsewhere. Data: this sample, or what the reward returned for it, is unusable; another try would not help.
+There are two kinds of failure. Infrastructure: the reward's process hangs, dies or raises, and the pool retries
+elsewhere. Data: this sample, or what the reward returned for it, is unusable, and a retry would not help.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rlkit.experience.errors import UserError
 from rlkit.experience.types import UNJUDGED, FloatArray, Sample
 
 Area = Literal["accuracy", "reward"]
-"""What the verifier's verdicts are: right or wrong, or values of any size."""
+"""What the verifier's verdicts mean: right or wrong, or values of any size."""
 
 
 class RewardFailed(UserError):
-    """The reward does not work well enough to go on; the message names cause and counts."""
+    """Raised if the reward fails too often to continue; the message names causes and counts."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class ScoreReport:
     failures: Mapping[str, int] = field(default_factory=dict)
     """Invalid samples by reason class (`timeout`, `crash`, `exception`, `wrong_length`, ...)."""
     examples: Mapping[str, str] = field(default_factory=dict)
-    """One whole reason per class."""
+    """One full reason per class."""
     seconds: float = 0.0
     """Time spent scoring, summed over calls."""
     error: str = ""
-    """Traceback, if the backend raised (such a report has no groups)."""
+    """Traceback if the backend raised (the report then has no groups)."""
     tracebacks: Mapping[str, str] = field(default_factory=dict)
-    """Traces of samples at which a function of the user's raised, one for each exception and place in the code."""
+    """Traces of samples for which a user's function raised, one for each exception and location in the code."""
 
     def __add__(self, other: ScoreReport) -> ScoreReport:
         return ScoreReport(
@@ -58,7 +58,7 @@ class ScoreReport:
 
 
 def checked_scores(groups: Sequence[Group], result: object) -> list[GroupScores]:
-    """What a reward returned for groups; whatever breaks the contract becomes an invalid score."""
+    """Return a reward's scores of groups; anything that breaks the contract becomes an invalid score."""
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
         reason = f"wrong_type: score() returned {_describe(result)}, not a list of GroupScores"
         return [invalid_scores(group, reason) for group in groups]
@@ -69,7 +69,7 @@ def checked_scores(groups: Sequence[Group], result: object) -> list[GroupScores]
 
 
 def with_scores(groups: Iterable[Group], judged: Iterable[GroupScores]) -> list[Group]:
-    """Raises ValueError if the numbers do not agree."""
+    """Return the groups with their scores. Raises ValueError if the numbers differ."""
     return [group.with_scores(scores) for group, scores in zip(groups, judged, strict=True)]
 
 
@@ -82,18 +82,18 @@ _PART = re.compile(r"part ([^\s:]+):")
 
 
 def kind_of(reason: str) -> str:
-    """The class of a reason, `timeout`; with a combination's part in front, `judge/timeout`."""
+    """Return the class of a reason, such as `timeout`; for a part of a combined reward, `judge/timeout`."""
     kind, _, details = reason.partition(":")
     part = _PART.match(details.strip())
     return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
 
 
 _RAISED = re.compile(r"^Traceback.*\n(?: .*\n)*[\w.]+", re.MULTILINE)
-"""Of an exception and each that it was raised from: all but its message, which may differ for every sample."""
+"""Matches an exception, and each that it was raised from, up to the message, which may differ in every sample."""
 
 
 def report_on(judged: Iterable[GroupScores], seconds: float) -> ScoreReport:
-    """Greedy responses count, too."""
+    """Return the report on scored groups; greedy responses count, too."""
     samples = 0
     failures: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -142,7 +142,7 @@ def _checked(group: Group, scores: Any) -> GroupScores:
 
 
 def _check(score: Any, tokens: int) -> Score:
-    """The score with plain numbers (no tensors), or an invalid one that says how it breaks the contract."""
+    """Return the score with plain numbers (no tensors), or an invalid one that says how it breaks the contract."""
     if isinstance(score, float) and not math.isfinite(score):
         return Score.invalid(f"not_finite: the score is {score}")
     if not isinstance(score, Score):
@@ -171,7 +171,7 @@ def _describe(value: object) -> str:
 
 
 def total_reward(score: Score) -> float | None:
-    """A sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
+    """Return a sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
     if not score.valid or score.reason == UNJUDGED:
         return None
     if score.value is not None:
@@ -181,17 +181,17 @@ def total_reward(score: Score) -> float | None:
 
 
 def rightness(score: Score) -> float | None:
-    """1 right, 0 wrong; None if the score does not say: the component `correct` of a verifier, or the `success` of an
-    environment."""
+    """Return 1 (right) or 0 (wrong) from a verifier's component `correct` or an environment's `success`; None if the
+    score has neither."""
     return score.components.get("correct", score.components.get("success"))
 
 
 def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
-    """What the verifier says: per group [samples], NaN where a sample was not judged.
+    """Return the verifier's verdicts: per group [samples], NaN where a sample was not judged.
 
-    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, or some a `success`:
-    an episode whose environment does not say so had none. Else `reward`: the values. Raises RewardFailed for a sample
-    with neither.
+    They are `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, or if any has
+    `success`: an episode whose environment does not report success had none. Otherwise they are `reward`: the values.
+    Raises RewardFailed for a sample with neither.
     """
     scores = [[score for _, score in group.scored()] for group in groups]
     judged = [score for own in scores for score in own if score.valid]
@@ -210,8 +210,8 @@ def _verdict(score: Score, area: Area) -> float:
 
 
 def played(group: Group, least: Callable[[], int]) -> Group | None:
-    """The group without the samples whose environment broke, and without their earlier scores, which no reward is asked
-    about; itself if there is none, None if fewer than `least` (asked only then) are left."""
+    """Return the group without the samples whose environment broke, which no reward judges, and without their earlier
+    scores: unchanged if there are none, None if fewer than `least()` are left (called only if some broke)."""
     left = [place for place, sample in enumerate(group.samples) if not _broke(sample)]
     if len(left) == len(group.samples):
         return group
@@ -222,7 +222,7 @@ def played(group: Group, least: Callable[[], int]) -> Group | None:
 
 
 def _scores_at(places: Sequence[int], scores: GroupScores) -> GroupScores:
-    """The scores of the samples at `places`, counted anew from 0; preferences that involve others are dropped."""
+    """Return the scores of the samples at `places`, renumbered from 0; preferences that involve others are dropped."""
     new = {place: number for number, place in enumerate(places)}
     pairs = tuple(
         replace(pair, winner=new[pair.winner], loser=new[pair.loser])
@@ -233,8 +233,8 @@ def _scores_at(places: Sequence[int], scores: GroupScores) -> GroupScores:
 
 
 def with_broken(scores: GroupScores | None, original: Group) -> GroupScores:
-    """Undo `played` on what a reward said: samples whose environment broke have invalid scores, and so have those that
-    nobody was asked about because too few were left (None)."""
+    """Undo `played` on a reward's scores: samples whose environment broke get invalid scores. If `scores` is None, too
+    few were left for the reward to judge, and the others get invalid scores as well."""
     if scores is not None and len(scores.samples) == len(original.samples):
         return scores
     places = [i for i, sample in enumerate(original.samples) if not _broke(sample)]
@@ -247,13 +247,13 @@ def with_broken(scores: GroupScores | None, original: Group) -> GroupScores:
 
 
 def _broke(sample: Sample) -> str:
-    """Why the environment broke; nothing if it did not."""
+    """Return why the environment broke; an empty text if it did not."""
     episode = sample.episode
     return f"environment: {episode.failure}" if episode is not None and episode.ended == "failed" else ""
 
 
 def with_greedy(group: Group) -> Group:
-    """The group with its greedy response and score appended as last sample; itself if it has none."""
+    """Return the group with its greedy response and score appended as its last sample; unchanged if it has none."""
     if group.greedy is None:
         return group
     samples = (*group.samples, replace(group.greedy, index=len(group.samples)))
@@ -264,7 +264,7 @@ def with_greedy(group: Group) -> Group:
 
 
 def without_greedy(scores: GroupScores, original: Group) -> GroupScores:
-    """Undo `with_greedy` on what a reward said; preferences that involve the greedy response are dropped."""
+    """Undo `with_greedy` on a reward's scores; preferences that involve the greedy response are dropped."""
     if original.greedy is None:
         return scores
     count = len(original.samples)

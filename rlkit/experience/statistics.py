@@ -1,4 +1,4 @@
-"""What the values of several answers to several questions say: estimates, how sure they are, comparisons; numpy alone.
+"""Estimates, intervals and comparisons from the values of several answers to several questions; numpy only.
 
 A value is 1 (right) or 0 (wrong), a share, or a reward. Nothing here depends on the order of answers or questions.
 """
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.floating]
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 Z = 1.959963984540054
-"""Standard deviations on each side that hold 95 % of a normal distribution."""
+"""Standard deviations to each side of the mean that contain 95 % of a normal distribution."""
 FEW_QUESTIONS = 30
-"""Below it the interval of a mean comes from resampled questions."""
+"""Below this number the interval of a mean comes from resampled questions."""
 RESAMPLES = 10_000
 
 
@@ -36,19 +36,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of the same questions, the second answers' values less the first's."""
+    """The second answers' values minus the first's, on the same questions."""
 
     mean: Estimate
     better: int
     """Questions on which the second answers are better."""
     worse: int
     p: float
-    """Of the sign test: how likely such an uneven split would be if better and worse were equally likely."""
+    """p of the sign test: how likely so uneven a split would be if better and worse were equally likely."""
 
     @property
     def winner(self) -> str | None:
-        """`second` or `first`; None where the interval holds 0, and where the questions are too few to show a spread
-        (one has no interval)."""
+        """`second` or `first`; None if the interval contains 0, or if there are too few questions to show a spread (one
+        question has no interval)."""
         low, high = self.mean.low, self.mean.high
         if low == high and self.p > 1 - LEVEL:
             return None
@@ -59,7 +59,7 @@ class Difference:
 
 
 def expected_choice(values: Values, scores: Values, k: int) -> float:
-    """Expected value of the answer with the largest score of k of the n answers [n], drawn without replacement.
+    """Return the expected value of the highest-scored of k of the n answers [n], drawn without replacement.
 
     Equal scores are equally likely to be chosen. Raises ValueError if k > n.
     """
@@ -69,7 +69,7 @@ def expected_choice(values: Values, scores: Values, k: int) -> float:
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(np.asarray(scores)[order], return_index=True)
     bounds = [*starts.tolist(), n]
-    # Of the C(n, k) subsets, C(end, k) have no score above those before `end`.
+    # Of the C(n, k) subsets, C(end, k) lie wholly before `end` in order of score.
     return sum(
         (math.comb(end, k) - math.comb(start, k)) / math.comb(n, k) * float(np.mean(np.sort(values[order[start:end]])))
         for start, end in pairwise(bounds)
@@ -77,23 +77,23 @@ def expected_choice(values: Values, scores: Values, k: int) -> float:
 
 
 def expected_best(values: Values, k: int) -> float:
-    """Expected maximum of k of the values [n], drawn without replacement. Raises ValueError if k > n.
+    """Return the expected maximum of k of the values [n], drawn without replacement. Raises ValueError if k > n.
 
-    Of zeros and ones it is the unbiased pass@k, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
+    For zeros and ones it is the unbiased pass@k, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
     """
     return expected_choice(values, values, k)
 
 
 def expected_worst(values: Values, k: int) -> float:
-    """Expected minimum. Of zeros and ones it is pass^k, C(c, k) / C(n, k): all k are right (arXiv 2406.12045)."""
+    """Return the expected minimum; for zeros and ones pass^k, C(c, k) / C(n, k): all k right (arXiv 2406.12045)."""
     return -expected_best(-np.asarray(values), k)
 
 
 def expected_majority(answers: Sequence[Hashable | None], values: Values, k: int) -> float:
-    """Expected value of the answer that most of k of the n answers agree on (maj@k, arXiv 2203.11171).
+    """Return the expected value of the answer that most of k of the n answers agree on (maj@k, arXiv 2203.11171).
 
-    Ties are drawn; None has no vote, and where nobody has one, any answer is taken. Exact: it counts subsets by their
-    size, how many answers share the most votes `a`, and what those are worth. Raises ValueError if k > n.
+    Ties are broken at random; None does not vote, and if all are None, any of them is taken. Exact: it counts subsets
+    by size, by how many answers share the most votes `a`, and by their value. Raises ValueError if k > n.
     """
     n = len(values)
     if k > n:
@@ -120,7 +120,7 @@ def expected_majority(answers: Sequence[Hashable | None], values: Values, k: int
 
 
 def _extended(table: np.ndarray, size: int, most: int) -> np.ndarray:
-    """Numbers of subsets [answers, ties], with up to `most` of `size` further answers."""
+    """Return the numbers of subsets [answers, ties] with up to `most` of `size` further answers added."""
     extended = table.copy()
     for taken in range(1, min(size, most, len(table) - 1) + 1):
         extended[taken:] += math.comb(size, taken) * table[:-taken]
@@ -128,7 +128,7 @@ def _extended(table: np.ndarray, size: int, most: int) -> np.ndarray:
 
 
 def best_sizes(samples: int) -> list[int]:
-    """2, 4, 8, ... and the number of samples itself: the k of pass@k and its like."""
+    """Return 2, 4, 8, ... and the number of samples itself: the values of k for pass@k and similar metrics."""
     powers = [2**i for i in range(1, samples.bit_length())]
     return [k for k in powers if k < samples] + ([samples] if samples > 1 else [])
 
@@ -137,7 +137,7 @@ def best_sizes(samples: int) -> list[int]:
 
 
 def correlation(first: Values, second: Values) -> float:
-    """Pearson's; NaN where one of them is the same everywhere."""
+    """Return Pearson's correlation; NaN if one of the two is constant."""
     one, other = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return math.nan
@@ -145,15 +145,15 @@ def correlation(first: Values, second: Values) -> float:
 
 
 def ranks(values: Values) -> Values:
-    """Places from 1; equal values share the mean of theirs."""
+    """Return ranks from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return np.asarray((ends - (counts - 1) / 2)[inverse], dtype=np.float64)
 
 
 def agreement(pairs: Sequence[tuple[Values, Values]]) -> float:
-    """Share of pairs of answers to one question that both rewards order alike, of those on which neither is equal.
-    `pairs`: by question, the values of its answers under one and under the other. NaN without such a pair."""
+    """Return the share of pairs of answers to one question that both rewards order alike, among pairs that neither
+    ties. `pairs`: by question, the values of its answers under one and under the other. NaN without such a pair."""
     alike = total = 0
     for one, other in pairs:
         upper = np.triu_indices(len(one), 1)
@@ -166,12 +166,12 @@ def agreement(pairs: Sequence[tuple[Values, Values]]) -> float:
 
 
 def mean_of_questions(means: Sequence[float] | Values, share: bool = False) -> Estimate:
-    """The mean of values of questions [Q] with an interval clustered by question: answers to one question are not
-    independent, the questions are (arXiv 2411.00640).
+    """Return the mean of the questions' values [Q] with an interval clustered by question: answers to one question are
+    not independent, the questions are (arXiv 2411.00640).
 
-    Student's t on their spread; below 30 questions percentiles of resampled means, widened to what t would take
-    (Hesterberg 2015, doi 10.1080/00031305.2015.1089789, "expanded percentile"). Where a `share` has no spread (all
-    right), Wilson's interval; NaN for one question.
+    Student's t on their spread; below 30 questions, percentiles of resampled means, widened as t would be (Hesterberg
+    2015, doi 10.1080/00031305.2015.1089789, "expanded percentile"). Wilson's interval where a `share` has no spread
+    (all right, for example); NaN for one question.
     """
     values = np.sort(np.asarray(means, dtype=np.float64))
     count = len(values)
@@ -199,7 +199,7 @@ def _resampled(values: Values, quantile: float) -> tuple[float, float]:
 
 
 def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """Of the questions that both have: question -> value. Raises ValueError if there is none."""
+    """Compare the values (question -> value) of the questions that both have. Raises ValueError if there are none."""
     shared = sorted(first.keys() & second.keys())
     if not shared:
         raise ValueError("no question was answered by both")
@@ -209,14 +209,14 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Differen
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided p of an exact sign test; ties are left out."""
+    """Return the two-sided p of an exact sign test; ties are left out."""
     trials = better + worse
     ways = sum(math.comb(trials, i) for i in range(max(better, worse), trials + 1))
     return min(1.0, float(2 * ways / 2**trials))
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): it holds for rare events, too."""
+    """Return the 95 % interval of a share (Wilson 1927), valid for rare events, too."""
     share, spread = successes / trials, Z**2 / trials
     middle = share + spread / 2
     width = (spread * (share * (1 - share) + spread / 4)) ** 0.5
@@ -225,7 +225,7 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
 
 @lru_cache
 def student_t(degrees: int) -> float:
-    """t with 95 % of Student's distribution between -t and t."""
+    """Return the t with 95 % of Student's distribution between -t and t."""
     low, high = 0.0, 16.0  # 12.7 with one degree of freedom
     while high - low > 1e-12:
         middle = (low + high) / 2
@@ -234,7 +234,7 @@ def student_t(degrees: int) -> float:
 
 
 def _within(t: float, degrees: int) -> float:
-    """Probability of [-t, t]: finite series of Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    """Return the probability of [-t, t]: finite series of Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even)."""
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2
     steps = np.arange(1, (degrees - odd) // 2)

@@ -1,4 +1,4 @@
-"""The steps of a response: where they are in its text and tokens, and what a score says of each."""
+"""The steps of a response: where they are in its text and tokens, and the reward of each."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _STARTS = {
 
 
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
-    """Characters [start, end) of each step; together they cover the text.
+    """Return the characters [start, end) of each step; together they cover the text.
 
-    lines: lines that are not blank; blank_line: what blank lines separate; numbered: every `Step <n>:`, and the text
-    before; auto: numbered if there is such a mark, else lines.
+    lines: lines that are not blank; blank_line: blocks separated by blank lines; numbered: every `Step <n>:`, and the
+    text before the first; auto: numbered if there is such a mark, else lines.
     """
     if style == "auto":
         style = "numbered" if _NUMBERED.search(text) else "lines"
@@ -44,10 +44,10 @@ def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
 def token_steps(
     text: str, offsets: Sequence[tuple[int, int]], steps: Sequence[tuple[int, int]], tokens: int
 ) -> list[tuple[int, int]]:
-    """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
+    """Return the response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: characters [start, end) of each token. A token belongs to the step with its first visible (else first)
-    character; tokens after the text belong to the last step.
+    `offsets`: characters [start, end) of each token. A token belongs to the step that has its first visible character
+    (or its first, if none is visible); tokens after the text belong to the last step.
     """
     ends = np.array([end for _, end in steps])
     step_of = []
@@ -62,10 +62,10 @@ def token_steps(
 
 
 def step_spans(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, style: StepStyle) -> tuple[Span, ...]:
-    """The steps of sampled tokens, which together cover them; `data["text"]` is what they say.
+    """Return the steps of sampled tokens, which together cover them; `data["text"]` is their text.
 
-    The tokenizer decodes one token after the other, so nothing is tokenised again and no character is split; it must
-    be a fast one (`is_fast`).
+    The tokenizer decodes token by token, so nothing is tokenised again and no character is split; it must be a fast
+    one (`is_fast`).
     """
     pieces = token_pieces(token_ids, tokenizer)
     if not pieces:
@@ -76,7 +76,7 @@ def step_spans(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, sty
 
 
 def token_pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the text; nothing while a character is incomplete, and for special tokens.
+    """Return what each token adds to the text: nothing while a character is incomplete, and for special tokens.
 
     The tokenizer must be a fast one (`is_fast`).
     """
@@ -87,7 +87,7 @@ def token_pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -
 
 
 def turn_ends(sample: Sample) -> BoolArray:
-    """[T] the last trained token of each of the assistant's turns."""
+    """Return [T], True at the last trained token of each of the assistant's turns."""
     ends, trained = np.zeros(len(sample), dtype=np.bool_), sample.trained
     for span in sample.turns:
         if trained[span.start : span.end].any():
@@ -96,10 +96,11 @@ def turn_ends(sample: Sample) -> BoolArray:
 
 
 def process_rewards(sample: Sample, score: Score) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Rewards [S] and response tokens [S, 2] (start, end) of a sample's steps, in order of their ends.
+    """Return rewards [S] and response tokens [S, 2] (start, end) of a sample's steps, in order of their ends.
 
-    A score's span rewards are steps. Its token rewards are summed over the trained tokens of each of the sample's
-    spans; without spans every trained token is a step. What has equal spans is one step. An invalid score has none.
+    Each span reward of the score is a step. Its token rewards are summed over the trained tokens of each of the
+    sample's spans; without spans every trained token is a step. Equal spans are one step. An invalid score has no
+    steps.
     """
     if not score.valid:
         return np.zeros(0), np.zeros((0, 2), dtype=np.int64)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def encodable(text: str) -> str:
-    """The text, as long as before, with `?` for halves of characters (lone surrogates), which neither UTF-8 nor a
-    tokenizer takes."""
+    """Return the text, equally long, with `?` for half characters (lone surrogates), which neither UTF-8 nor a
+    tokenizer accepts."""
     return text.encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""The records of a run: what was asked (Prompt), answered (Sample), judged (Score), and kept together (Group).
+"""The records of a run: what was asked (Prompt), answered (Sample) and judged (Score), kept together in a Group.
 
 All are frozen. Token data are numpy arrays of one sample's own length T (ragged; never padded here).
 """
@@ -22,13 +22,13 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool as the policy wrote it."""
+    """A tool call as the policy wrote it."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     error: str = ""
-    """Why it cannot be read, for the policy; the name may then be empty."""
+    """Why it cannot be parsed, for the policy; the name may then be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +36,28 @@ class Message:
     role: str
     content: str
     name: str = ""
-    """role tool: the tool that answers."""
+    """Role tool: the tool that answers."""
     calls: tuple[ToolCall, ...] = ()
-    """role assistant."""
+    """Role assistant: its tool calls."""
     call_id: str = ""
-    """role tool: the call that is answered."""
+    """Role tool: the id of the call that is answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     id: str
-    """Stable name of the problem, equal in every run over the same data."""
+    """Stable name of the problem, the same in every run over the same data."""
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
     """The rendered chat template, tokenised once; what the sampler receives."""
     references: tuple[str, ...] = ()
-    """Reference answers (whole texts), best first. POLAR compares with these."""
+    """Reference answers (whole texts), best first. POLAR compares responses with these."""
     answer: str | None = None
-    """Gold final answer for verifiers."""
+    """Reference final answer for verifiers."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """The data row's other columns, for rewards that want them (tests, rubrics, tool calls, user ids, ...)."""
+    """The data row's other columns, for rewards that need them (tests, rubrics, tool calls, user ids, ...)."""
     recorded: Recorded | None = None
-    """Responses that the data bring, for `rollout.source=data`."""
+    """Responses that come with the data, for `rollout.source=data`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +70,17 @@ class Span:
     """turn: what one role said in an episode; observations (roles other than assistant) are not trained on."""
     role: str = "assistant"
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown),
-    `malformed` (calls that could not be read), and the environment's `metrics`, if it gave any."""
+    """For a step its `text`; for an assistant's turn its `reward`, the `state` it was taken in (None: unknown),
+    `malformed` (calls that could not be parsed), and the environment's `metrics`, if any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """How a sample of an environment went."""
+    """How an episode of an environment went, for its sample."""
 
     ended: Literal["done", "turns", "tokens", "failed"]
-    """done: the environment said so; turns, tokens: the budget was used up, which is the policy's doing; failed: the
-    environment broke, which is not, so the sample has no valid score."""
+    """done: the environment said so; turns, tokens: the policy used up its budget; failed: the environment broke, which
+    is not the policy's fault, so the sample has no valid score."""
     failure: str = ""
     """A short class (`timeout`, `died`, ...), then `: details`."""
     success: bool | None = None
@@ -90,19 +90,19 @@ class Episode:
     """The whole conversation after the prompt."""
     seconds: float = 0.0
     waited: float = 0.0
-    """Of these, seconds of the environment."""
+    """Of these, seconds spent waiting for the environment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Response tokens [start, end), which follow `context` and not the tokens before them: a row of its own."""
+    """Response tokens [start, end) that follow `context`, not the tokens before them: a training row of its own."""
 
     start: int
     end: int
     context: IntArray
-    """Token ids. What the policy sampled of them is trained on elsewhere, and here only read."""
+    """Token ids. Those that the policy sampled are trained on in another row; here they are only input."""
     messages: tuple[Message, ...] = ()
-    """The context, for people; empty: the prompt, or the conversation so far, rendered anew."""
+    """The context, for people; empty: the prompt, or the conversation so far, rendered again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,12 @@ class Sample:
     index: int
     """Index in its group, from 0."""
     token_ids: IntArray
-    """[T] response tokens, end-of-sequence token included where one was sampled. Never re-tokenised."""
+    """[T] response tokens, including the end-of-sequence token if one was sampled. Never re-tokenised."""
     logprobs: FloatArray | None
-    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature; None: no sampler of this run
-    made them."""
+    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature; None: this run did not sample
+    them."""
     text: str
-    """The response decoded without special tokens: for rewards and for people. Of an episode the last answer alone."""
+    """The response decoded without special tokens: for rewards and for people. For an episode, only the last answer."""
     finish_reason: FinishReason
     policy_versions: tuple[int, int]
     """Policy version at the first and at the last token."""
@@ -124,13 +124,13 @@ class Sample:
     """[T] tokens to train on; None means all (observations of a multi-turn sample are False)."""
     spans: tuple[Span, ...] = ()
     weight: float = 1.0
-    """Of a recorded response in the loss of fine-tuning."""
+    """Weight of a recorded response in the fine-tuning loss."""
     versions: IntArray | None = None
     """[T] the policy version of each token, -1 on observations; None: that of `policy_versions`."""
     episode: Episode | None = None
     segments: tuple[Segment, ...] = ()
-    """In order and without gaps; none: all tokens follow the prompt. All else of a sample is of its tokens together, so
-    that it counts once, in however many rows it is trained."""
+    """In order and without gaps; none: all tokens follow the prompt. All other fields cover the sample's tokens
+    together, so that it counts once, however many rows it is trained in."""
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and len(self.token_ids) != len(self.logprobs):
@@ -145,31 +145,31 @@ class Sample:
         return len(self.token_ids)
 
     def rows(self, prompt: IntArray) -> list[tuple[IntArray, int]]:
-        """What each segment follows, and its tokens; `prompt`: of its group."""
+        """Return each segment's context and number of tokens; `prompt` is the group's."""
         if not self.segments:
             return [(prompt, len(self))]
         return [(segment.context, segment.end - segment.start) for segment in self.segments]
 
     @property
     def sampled(self) -> FloatArray:
-        """[T] the sampler's log-probs. Raises ValueError for a recorded response."""
+        """[T] the sampler's log-probs. Raises ValueError if the response is recorded."""
         if self.logprobs is None:
             raise ValueError(f"sample {self.index} is recorded: it has no sampler's log-probs")
         return self.logprobs
 
     @property
     def trained(self) -> BoolArray:
-        """[T] the mask, spelled out."""
+        """[T] the mask; all True if there is none."""
         return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask
 
     @property
     def turns(self) -> tuple[Span, ...]:
-        """What the policy said, turn by turn, in an episode."""
+        """The policy's turns in an episode."""
         return tuple(span for span in self.spans if span.kind == "turn" and span.role == "assistant")
 
     @property
     def length(self) -> int:
-        """Trained tokens: what the policy said, without the observations between its turns."""
+        """Number of trained tokens: those of the policy, without the observations between its turns."""
         return len(self.token_ids) if self.mask is None else int(self.mask.sum())
 
 
@@ -184,7 +184,7 @@ class SpanReward:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a reward says about one sample. Invalid is not zero: an invalid score has no value, and a reason."""
+    """What a reward says about one sample. Invalid is not zero: an invalid score has a reason and no value."""
 
     value: float | None
     """Outcome reward; None if invalid or if the backend gives process rewards only."""
@@ -221,7 +221,7 @@ class Score:
 
     @classmethod
     def none(cls) -> Score:
-        """Of a sample that nobody was asked to judge."""
+        """A score for a sample that no reward was asked to judge."""
         return cls(value=None, reason=UNJUDGED)
 
     @classmethod
@@ -238,7 +238,7 @@ class PreferencePair:
     loser: int
     probability: float = 1.0
     margin: float | None = None
-    """How much better, in the units of the data, if they say so."""
+    """How much better, in the data's units, if the data say so."""
     weight: float = 1.0
 
 
@@ -265,17 +265,17 @@ class Group:
     """A prompt with all its samples. Groups stay whole from the sampler to the loss."""
 
     id: str
-    """Unique in a run: the same prompt drawn twice gives two groups."""
+    """Unique in a run: a prompt drawn twice gives two groups."""
     prompt: Prompt
     samples: tuple[Sample, ...]
     scores: GroupScores | None = None
     step: int = 0
-    """The training step that asked for it."""
+    """The training step that requested it."""
     greedy: Sample | None = None
     """The greedy response to the prompt, for algorithms that compare with it; never trained on."""
 
     def with_scores(self, scores: GroupScores) -> Group:
-        """This group, judged. Raises ValueError if the number of scores is not the number of samples."""
+        """Return this group with scores. Raises ValueError if the number of scores differs from that of samples."""
         if len(scores.samples) != len(self.samples):
             raise ValueError(f"group {self.id}: {len(self.samples)} samples but {len(scores.samples)} scores")
         for sample, score in zip(self.samples, scores.samples, strict=True):
@@ -287,19 +287,19 @@ class Group:
         return replace(self, scores=scores)
 
     def scored(self) -> tuple[tuple[Sample, Score], ...]:
-        """Samples with their scores, in order. Raises ValueError if the group was not scored yet."""
+        """Return samples with their scores, in order. Raises ValueError if the group has no scores yet."""
         if self.scores is None:
             raise ValueError(f"group {self.id} has no scores yet")
         return tuple(zip(self.samples, self.scores.samples, strict=True))
 
     @property
     def valid(self) -> BoolArray:
-        """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
+        """[samples] which samples have a valid score. Raises ValueError if the group has no scores yet."""
         return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)
 
 
 def recorded_group(prompt: Prompt, id: str, step: int) -> Group:
-    """The data's responses as a scored group of the policy that the step begins with: they are never stale."""
+    """Return the data's responses as a scored group, never stale: its version is that with which the step begins."""
     assert prompt.recorded is not None
     versions = (step - 1, step - 1)
     samples = tuple(replace(sample, policy_versions=versions) for sample in prompt.recorded.samples)
@@ -307,7 +307,7 @@ def recorded_group(prompt: Prompt, id: str, step: int) -> Group:
 
 
 def text_group(id: str, prompt: Prompt, texts: Sequence[str]) -> Group:
-    """Responses as texts alone, without tokens, for rewards that judge texts."""
+    """Return responses as texts only, without tokens, for rewards that judge texts."""
     none = np.zeros(0)
     samples = tuple(
         Sample(

@@ -1,4 +1,4 @@
-"""The buffer as producer and trainer share it on the driver's event loop: whoever comes too early waits."""
+"""The buffer that producer and trainer share on the driver's event loop; a call that comes too early waits."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class WaitingBuffer:
         return self.buffer.max_staleness
 
     async def reserve(self, limit: int) -> list[int]:
-        """At least one and at most `limit` places for groups, as their steps; waits for them.
+        """Wait for and return at least one and at most `limit` slots for groups, given by their steps.
 
-        Synchronous training samples in rounds: replacements for rejected groups are granted when the whole round is
-        judged, so that runs repeat to the last bit.
+        Synchronous training samples in rounds: replacements for rejected groups are granted only when the whole round
+        is judged, so that runs repeat to the last bit.
         """
         async with self.changed:
             while self._mid_round() or not (places := self.buffer.reserve(limit)):
@@ -42,19 +42,19 @@ class WaitingBuffer:
         return self.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
     async def add(self, groups: Sequence[Group]) -> None:
-        """Raises TooManyRejectedError."""
+        """Hand in scored groups. Raises TooManyRejectedError."""
         async with self.changed:
             try:
                 for group in groups:
                     self.buffer.add(masked(group) if self.masks_truncated else group)
             except TooManyRejectedError as error:
-                self.failure = error  # whoever waits in `take` must hear of it
+                self.failure = error  # a waiting `take` must raise it, too
                 raise
             finally:
                 self.changed.notify_all()
 
     async def take(self) -> list[Group]:
-        """Raises TooManyRejectedError."""
+        """Wait for and return the groups of the next step. Raises TooManyRejectedError."""
         async with self.changed:
             while self.ended or (groups := self.buffer.take()) is None:
                 if self.failure is not None:
@@ -71,7 +71,7 @@ class WaitingBuffer:
         return self.buffer.take_rejected()
 
     def put_back(self) -> list[tuple[str, str]]:
-        """The end: a `take` that still waits, whoever asked, gets nothing any more."""
+        """Undo the step that has begun, for good: a `take` that still waits gets nothing any more."""
         self.ended = True
         return self.buffer.put_back()
 

@@ -1,7 +1,7 @@
 """The JSON that reward clients and servers exchange, with one version number.
 
-Strict on both sides: no unknown key, no text for a number, no NaN. Any change of a message raises SCHEMA_VERSION; a
-client refuses a server of another version before a run starts.
+Both sides are strict: no unknown keys, no strings for numbers, no NaN. Any change to a message increments
+SCHEMA_VERSION; a client refuses a server of another version before a run starts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORE_PATH, HEALTH_PATH, METRICS_PATH, SCHEMA_PATH = "/v1/score", "/health", "/m
 
 
 class UnsendableError(ValueError):
-    """A group that JSON cannot carry; the message names the column."""
+    """Raised for a group that JSON cannot represent; the message names the column."""
 
 
 def _list(value: Any) -> Any:
@@ -51,7 +51,7 @@ def _to_array(dtype: type[np.generic]) -> AfterValidator:
 
 
 def _finite(columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    json.dumps(columns, allow_nan=False)  # pydantic's JSON parser takes NaN inside a JsonValue
+    json.dumps(columns, allow_nan=False)  # pydantic's JSON parser accepts NaN inside a JsonValue
     return columns
 
 
@@ -63,20 +63,20 @@ def _forward(span: Span) -> Span:
 
 _FROM_ARRAY, _TO_LIST = BeforeValidator(_list), PlainSerializer(_list)
 Ints = Annotated[list[int], _FROM_ARRAY, _to_array(np.int32), _TO_LIST]
-"""In JSON a list whose every number is checked; in Python a one-dimensional array."""
+"""In JSON a list of which every number is checked; in Python a one-dimensional array."""
 Floats = Annotated[list[float], _FROM_ARRAY, _to_array(np.float32), _TO_LIST]
 Bools = Annotated[list[bool], _FROM_ARRAY, _to_array(np.bool_), _TO_LIST]
 Columns = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 
 
 class Wire(BaseModel):
-    """Base of all messages. Fields are those of the records in rlkit.experience; their docs say what they mean."""
+    """Base of all messages. Fields are those of the records in rlkit.experience, and documented there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class WireMessage(Wire):
-    """A Message; calls of tools are left out."""
+    """A Message; tool calls are left out."""
 
     role: str
     content: str
@@ -102,7 +102,7 @@ class WireSegment(Wire):
 
 
 class WireSample(Wire):
-    """A Sample. Without log-probs (the client's default) the served reward sees NaN in their place."""
+    """A Sample. Without log-probs (the client's default) the served reward sees NaN instead."""
 
     index: int
     token_ids: Ints
@@ -131,17 +131,17 @@ class ScoreRequest(Wire):
     schema_version: Literal[3]
     groups: list[WireGroup]
     deadline_seconds: float | None = Field(default=None, gt=0)
-    """How long the client waits for the answer; a server does not score what nobody waits for any more."""
+    """How long the client waits for the answer; a server does not score requests that nobody waits for any more."""
 
 
 def request_body(groups: Sequence[bytes], deadline_seconds: float) -> bytes:
-    """The JSON of a ScoreRequest around groups from `encode`, so that a retry encodes nothing."""
+    """Return the JSON of a ScoreRequest around groups from `encode`, so that a retry need not encode again."""
     head = f'{{"schema_version":{SCHEMA_VERSION},"deadline_seconds":{max(deadline_seconds, 0.001):.3f},"groups":['
     return head.encode() + b",".join(groups) + b"]}"
 
 
 class WireScore(Wire):
-    """A Score. Invalid: no value, and a reason."""
+    """A Score. An invalid one has a reason and no value."""
 
     value: float | None
     token_rewards: Floats | None = None
@@ -170,8 +170,7 @@ class ScoreResponse(Wire):
 
 
 class Traits(Wire):
-    """What a run must know of the served reward: fields of `rewards.base.RewardTraits`, whose docs say what they
-    mean."""
+    """What a run must know about the served reward: fields of `rewards.base.RewardTraits`, documented there."""
 
     references: bool
     answer: bool
@@ -187,7 +186,7 @@ class Traits(Wire):
 
 
 class Health(Wire):
-    """The answer of `GET /health`; status 200 if it is `ok`, else 503."""
+    """The answer to `GET /health`; HTTP status 200 if it is `ok`, else 503."""
 
     status: Literal["ok", "down"]
     schema_version: int
@@ -195,20 +194,20 @@ class Health(Wire):
     reward: str
     """The dotted path of the served class."""
     model_version: str
-    """Changes with the served class, its options, and the content of the model folders that these name."""
+    """Changes with the served class, its options, and the content of the model folders named in the options."""
     traits: Traits
     trainable: bool
-    """It learns in a run of its own; served, it stays as it is."""
+    """Whether the reward learns when it runs inside a training run; a served reward does not change."""
     max_request_samples: int
     max_body_bytes: int
     call_timeout_seconds: float
-    """Deadline of one call of the served reward; a request gets a second one if the first costs the process."""
+    """Deadline of one call of the served reward; a request gets a second call if the first one kills the process."""
     workers: list[dict[str, JsonValue]]
-    """Per worker process: pid, alive, busy seconds, calls, restarts, and its self-test at its last start."""
+    """Per worker process: pid, alive, busy seconds, calls, restarts, and the self-test at its last start."""
 
 
 def encode(group: Group, send_logprobs: bool = False) -> bytes:
-    """The JSON of a WireGroup. Raises UnsendableError for a value that JSON cannot carry."""
+    """Return the JSON of a WireGroup. Raises UnsendableError for a value that JSON cannot represent."""
     prompt = group.prompt
     for message in prompt.messages:
         _check_text(message.content, "the prompt")
@@ -229,7 +228,7 @@ def encode(group: Group, send_logprobs: bool = False) -> bytes:
 
 
 def from_wire(group: WireGroup) -> Group:
-    """Raises ValueError if its lengths do not agree."""
+    """Return the Group of a WireGroup. Raises ValueError if its lengths do not agree."""
     samples = []
     for sample in group.samples:
         logprobs = np.full(len(sample.token_ids), np.nan, np.float32) if sample.logprobs is None else sample.logprobs
@@ -240,7 +239,7 @@ def from_wire(group: WireGroup) -> Group:
 
 
 def scores_to_wire(group_id: str, judged: GroupScores) -> WireGroupScores:
-    """Valid scores are finite by construction."""
+    """Return the scores as a message; valid scores are finite by construction."""
     scores = []
     for score in judged.samples:
         texts = {"reason": _printable(score.reason), "trace": _printable(score.trace)}
@@ -250,16 +249,17 @@ def scores_to_wire(group_id: str, judged: GroupScores) -> WireGroupScores:
 
 
 def scores_from_wire(scores: WireGroupScores) -> GroupScores:
-    """Raises ValueError for a score that contradicts itself."""
+    """Return the scores of a message. Raises ValueError for a score that contradicts itself."""
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
 UNSENT = ("recorded", "weight", "versions", "episode")
-"""Fields of Prompt and Sample that no reward which can be served needs."""
+"""Fields of Prompt and Sample that no servable reward needs."""
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """Unlike with `asdict`, records inside stay records; lists, which a reward may use for tuples, become tuples."""
+    """Return a record's fields. Unlike in `asdict`, inner records stay records; lists, which a reward may use in place
+    of tuples, become tuples."""
     values = {field.name: getattr(record, field.name) for field in fields(record) if field.name not in UNSENT}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
@@ -289,12 +289,12 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Escapes what UTF-8 cannot carry: the text is for people."""
+    """Escape what UTF-8 cannot encode: the text is for people."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def in_chunks(groups: Sequence[Group], samples: int, tokens: int) -> list[list[int]]:
-    """Indices of neighbouring groups for each request; a group is never cut, however large."""
+    """Return the indices of neighbouring groups for each request; a group is never split, however large."""
     chunks: list[list[int]] = []
     room_samples = room_tokens = 0
     for index, group in enumerate(groups):
@@ -309,6 +309,6 @@ def in_chunks(groups: Sequence[Group], samples: int, tokens: int) -> list[list[i
 
 
 def tokens_of(group: Group) -> int:
-    """Its prompt once, and all its responses with the contexts of their segments."""
+    """Return the group's number of tokens: its prompt once, and all responses with the contexts of their segments."""
     contexts = sum(len(segment.context) for sample in group.samples for segment in sample.segments)
     return len(group.prompt.token_ids) + sum(len(sample) for sample in group.samples) + contexts

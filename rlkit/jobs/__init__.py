@@ -1,1 +1,1 @@
-"""Runs as jobs of a Ray cluster: checks, upload, submission, log, stop."""
+"""Runs as jobs on a Ray cluster: checks, upload, submission, log, stop."""

@@ -20,7 +20,7 @@ UPLOAD_SECONDS = 600.0
 QUIET_SECONDS = 60.0
 """Reopen a log that is silent for this long: a dead connection looks the same."""
 KILL_SECONDS = 30.0
-"""For Ray to kill a job after its stop_seconds, and to report it."""
+"""Time for Ray to kill a job after its stop_seconds, and to report it."""
 PAUSES = (0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to reconnect; the last one repeats."""
 STOPPED, INTERRUPTED = 143, 130
@@ -37,13 +37,13 @@ class ClusterError(UserError, RuntimeError): ...
 
 
 class Cluster:
-    """`client`: a JobSubmissionClient whose requests have a deadline."""
+    """A cluster's job server. `client`: a JobSubmissionClient whose requests have a deadline."""
 
     def __init__(self, address: str, client: Any, token: bool) -> None:
         self.address, self.client, self.token = address, client, token
 
     def ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call Ray; its several errors become ClusterError."""
+        """Call Ray; turn its various errors into ClusterError."""
         import requests
         from ray.exceptions import AuthenticationError
         from ray.util.state.exception import RayStateApiException
@@ -66,7 +66,7 @@ class Cluster:
         return sorted(jobs, key=lambda job: -(job.start_time or 0))
 
     def job(self, name: str) -> Any:
-        """The newest job of the run called `name`, or the job with that id. Raises ClusterError."""
+        """Return the newest job of the run called `name`, or the job with that id. Raises ClusterError."""
         jobs = self.jobs()
         for job in jobs:
             if name in (run_name(job), job.submission_id):
@@ -79,7 +79,7 @@ class Cluster:
 
 
 def connect(configured: str | None) -> Cluster:
-    """Reach the dashboard; check its Ray version and the token. Raises ClusterError."""
+    """Connect to the dashboard; check its Ray version and the token. Raises ClusterError."""
     address = dashboard_address(configured)
     for message in lacking("ray"):
         raise ClusterError(message)
@@ -115,7 +115,7 @@ def connect(configured: str | None) -> Cluster:
 
 
 def dashboard_address(configured: str | None) -> str:
-    """Without a trailing slash. Raises ClusterError."""
+    """Return the dashboard's address without a trailing slash. Raises ClusterError."""
     text = configured or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not text:
         raise ClusterError("cluster.address is needed: cluster.address=http://HOST:8265, the cluster's dashboard")
@@ -130,7 +130,7 @@ def dashboard_address(configured: str | None) -> str:
 
 
 def _wants_token(address: str) -> bool:
-    """Before Ray is imported, which is when Ray decides whether to send a token."""
+    """Ask whether the cluster wants a token, before Ray is imported, which is when it decides whether to send one."""
     import requests
 
     try:
@@ -153,12 +153,12 @@ def _reason(error: BaseException) -> str:
 
 
 def run_name(job: Any) -> str:
-    """The run's name; the job's id if rlkit did not submit it."""
+    """Return the run's name, or the job's id if rlkit did not submit it."""
     return str((job.metadata or {}).get(RUN_NAME, job.submission_id))
 
 
 def exit_code(job: Any) -> int:
-    """As a shell gives it: 143 if the job was stopped, 1 if it never ran."""
+    """Return the exit code as in a shell: 143 if the job was stopped, 1 if it never ran."""
     if job.status.value == "STOPPED":
         return STOPPED
     if job.driver_exit_code is None:
@@ -170,7 +170,7 @@ def exit_code(job: Any) -> int:
 def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
     """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which leaves the job running.
 
-    Raises ClusterError when the cluster has not answered for `give_up_seconds`.
+    Raises ClusterError if the cluster has not answered for `give_up_seconds`.
     """
     try:
         job = asyncio.run(_follow(cluster, job_id, give_up_seconds))
@@ -184,7 +184,7 @@ def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
 
 
 async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
-    """Ray sends a log from its beginning each time: `shown` counts the characters written."""
+    """Follow a log, which Ray sends from its beginning each time: `shown` counts the characters written."""
     import aiohttp
 
     shown = failures = 0
@@ -216,10 +216,10 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
             job = await asyncio.to_thread(cluster.details, job_id)
             note_answer()
             if job.status.is_terminal():
-                # Ray closes the connection with the job, which may be before the last lines were sent.
+                # Ray closes the connection when the job ends, perhaps before the last lines were sent.
                 show(await asyncio.to_thread(cluster.ask, cluster.client.get_job_logs, job_id), 0)
                 return job
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # Ray's for a broken connection, and ClusterError
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # RuntimeError: a broken connection, ClusterError
             silent = time.monotonic() - answered
             if silent > give_up_seconds:
                 raise ClusterError(
@@ -233,7 +233,7 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
 
 
 def show_log(cluster: Cluster, name: str, to_the_end: bool, give_up_seconds: float) -> int:
-    """Return the job's exit code if followed to the end, else 0."""
+    """Show a job's log. Returns its exit code if followed to the end, else 0."""
     job_id = cluster.job(name).submission_id
     if to_the_end:
         return follow(cluster, job_id, give_up_seconds)
@@ -268,7 +268,7 @@ def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
         return say(f"{run_name(job)} ({job.submission_id}) has ended already: {job.status.value.lower()}")
     cluster.ask(cluster.client.stop_job, job.submission_id)
     say(f"stopping {run_name(job)} ({job.submission_id}); what it leaves is in its run folder")
-    # As set when it was submitted.
+    # As set when the job was submitted.
     variables = (job.runtime_env or {}).get("env_vars") or {}
     deadline = time.monotonic() + float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", stop_seconds)) + KILL_SECONDS
     while time.monotonic() < deadline:
@@ -288,7 +288,7 @@ def _command(cluster: Cluster, word: str, job_id: str) -> str:
 
 
 def _outcome(job: Any) -> str:
-    """With Ray's message if the run could not say anything itself."""
+    """Return how a job ended, with Ray's message if the run could not report anything itself."""
     seconds = max(0.0, ((job.end_time or 0) - (job.start_time or 0)) / 1000)
     text = f"{run_name(job)}: {job.status.value.lower()} after {seconds:.0f} s, exit code {exit_code(job)}"
     never_ran = job.status.value == "FAILED" and job.driver_exit_code is None

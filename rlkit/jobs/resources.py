@@ -1,4 +1,4 @@
-"""What a run asks of a Ray cluster, and whether the cluster has it."""
+"""The resources that a run requests from a Ray cluster, and whether the cluster has them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rlkit.config.plan import asks_reward, colocated_slots, gpu_shares, shares_g
 
 @dataclass(frozen=True)
 class Demand:
-    """Actors of one kind, or GPUs that several share."""
+    """Actors of one kind, or groups of actors that share GPUs."""
 
     what: str
     count: int
     threads: int
     """Busy CPU threads per actor. Ray does not reserve them: sampler and learner take turns."""
     gpus: float
-    """Per actor, on one node. Below 1: a share of a GPU."""
+    """GPUs per actor, on one node. Below 1: a share of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Node:
 
 
 def demands(run: ResolvedRun) -> list[Demand]:
-    """What RolloutPool, RankGroup and RewardPool will ask Ray for."""
+    """Return what RolloutPool, RankGroup and RewardPool will request from Ray."""
     config, algorithm, gpus = run.config, run.make_algorithm(), gpu_shares(run.config)
     engines, critics = config.rollout.workers, config.critic.ranks if algorithm.needs().critic else 0
     rewards = run.reward_config.workers if asks_reward(config.rollout, algorithm) else 0
@@ -40,7 +40,7 @@ def demands(run: ResolvedRun) -> list[Demand]:
         ("reward worker", rewards, 1, gpus.rewards / max(1, rewards)),
     ]
     if shares_gpus(config.cluster):
-        # An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine.
+        # An engine and the ranks on its GPUs; a learner's and a critic's rank on a GPU without an engine.
         width = config.rollout.tensor_parallel_size
         actors = [(what, count, threads, 0.0) for what, count, threads, _ in actors]
         actors.append(("colocated group", engines, 0, float(width)))
@@ -49,7 +49,7 @@ def demands(run: ResolvedRun) -> list[Demand]:
 
 
 def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
-    """What the cluster lacks for the run, and what only slows it."""
+    """Return what the cluster lacks for the run, and what only slows it down."""
     if not nodes:
         return ["the cluster has no node that is alive"], []
     lacking, slow = [], []
@@ -68,7 +68,7 @@ def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str
 
 
 def _unplaced(demanded: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """What has no room, in words: the largest first, onto the fullest GPUs with room."""
+    """Return what has no room, in words; the largest are placed first, on the fullest GPUs with room."""
     free = [[1.0] * int(node.gpus) for node in nodes]
     left: dict[str, int] = {}
     for demand in sorted((d for d in demanded if d.gpus), key=lambda d: -d.gpus):
@@ -79,7 +79,7 @@ def _unplaced(demanded: Sequence[Demand], nodes: Sequence[Node]) -> str:
 
 
 def _take(gpus: float, free: list[list[float]]) -> bool:
-    """Take `gpus` of one node; False if none has them. `free`: what is left of each GPU, per node."""
+    """Take `gpus` on one node; return False if no node has them. `free`: what is left of each GPU, per node."""
     if gpus >= 1:
         for node in free:
             whole = [i for i, share in enumerate(node) if share == 1.0]

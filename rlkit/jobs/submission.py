@@ -1,4 +1,4 @@
-"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. All checks first, then upload and log."""
+"""`python -m rlkit.submit`: run as a job on a Ray cluster. All checks first, then upload and log."""
 
 from __future__ import annotations
 
@@ -65,24 +65,24 @@ NO_TOKEN = (
 
 
 class SubmitConfig(Section):
-    """How a run becomes a job of a Ray cluster."""
+    """How a run is submitted as a job to a Ray cluster."""
 
     code: Literal["upload", "installed"] = "upload"
     """upload: send the working folder, without outputs and virtual environments; installed: use the cluster's rlkit."""
     python: str = "python"
     """The job's Python on the cluster: a command or an absolute path."""
     exclude: tuple[str, ...] = ()
-    """More names or patterns not to upload: [data,"*.ckpt"]. What git ignores is never uploaded."""
+    """Further names or patterns not to upload: [data,"*.ckpt"]. What git ignores is never uploaded."""
     max_file_mib: float = Field(default=20.0, gt=0)
     """Larger files are not uploaded; a message names each."""
     max_upload_mib: float = Field(default=100.0, gt=0, le=450)
-    """A larger folder (before compression) is refused. Ray takes packages below 512 MiB."""
+    """A larger folder (before compression) is refused. Ray accepts packages below 512 MiB."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables for the job and its workers: {NAME: value}. Anyone who can see the cluster's jobs can read them."""
     pass_environment: tuple[str, ...] = ()
-    """Names of local variables to pass to the job. The same people can read them."""
+    """Names of local environment variables to pass to the job. The same people can read them."""
     autoscaling: bool = False
-    """The cluster adds nodes on demand: missing GPUs are then only a warning."""
+    """Whether the cluster adds nodes on demand: missing GPUs are then only a warning."""
     follow: bool = True
     """Show the log until the job ends, and exit with its code."""
     reconnect_seconds: float = Field(default=600.0, gt=0)
@@ -97,13 +97,13 @@ class Arguments:
     """`cluster.address` as typed."""
     submit: SubmitConfig
     overrides: list[str]
-    """What `rlkit.train` gets, as typed."""
+    """Arguments of `rlkit.train`, as typed."""
     problems: list[ConfigIssue]
-    """Of the job's own keys."""
+    """Problems of the job's own keys."""
 
 
 def read_arguments(overrides: Sequence[str]) -> Arguments:
-    """Never raises: problems of the job's own keys are in the result."""
+    """Split the arguments. Never raises: problems of the job's own keys are in the result."""
 
     def is_about_job(text: str) -> bool:
         key = text.partition("=")[0].lstrip("+~").strip()
@@ -140,12 +140,12 @@ class Checked:
     file: Path | None
     """`--config FILE`, sent with the job."""
     upload: Upload | None
-    """None: the cluster's own rlkit."""
+    """None: the job uses the cluster's own rlkit."""
     warnings: list[str]
 
 
 def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
-    """Find what is wrong without asking the cluster. Raises ConfigError with all of it, or UploadError."""
+    """Check what can be checked without the cluster. Raises ConfigError with all problems, or UploadError."""
     arguments = read_arguments(overrides)
     submit, absent, run = arguments.submit, _absent_paths(arguments.overrides, file, folder), None
     problems = list(arguments.problems)
@@ -173,7 +173,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
 
 
 def _absent_paths(overrides: Sequence[str], file: Path | None, folder: Path) -> list[str]:
-    """They may exist on the cluster, where the job checks them."""
+    """Return absolute paths that do not exist here; they may exist on the cluster, where the job checks them."""
     trees: list[Any] = [parse_overrides(overrides, {}).values]
     if file is not None:
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # reported when the file is merged
@@ -183,14 +183,14 @@ def _absent_paths(overrides: Sequence[str], file: Path | None, folder: Path) -> 
 
 
 def _found(path: str, folder: Path) -> list[str]:
-    """`path` if it exists, else what it stands for as a pattern."""
-    # Not of pathlib: its `exists` raises for a text too long for a path, and its `glob` for an absolute pattern.
+    """Return `path` if it exists, else what it matches as a pattern."""
+    # Not pathlib's: its `exists` raises for a text too long for a path, and its `glob` for an absolute pattern.
     there = os.path.exists(folder / path)  # noqa: PTH110
     return [path] if there else sorted(glob(path, root_dir=folder))  # noqa: PTH207
 
 
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
-    """Relative paths that exist here but are not among the uploaded files."""
+    """Return problems of relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
         if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~"):
@@ -212,7 +212,7 @@ def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(full key, text) of all in sections and lists; those of a list have its key."""
+    """Yield (full key, text) for all texts in sections and lists; those in a list have the list's key."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _texts(inner, f"{key}.{name}".lstrip("."))
@@ -224,7 +224,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def resume_warnings(config: RunConfig) -> list[str]:
-    """What `resume` finds here. On storage that the cluster shares, the job finds the same."""
+    """Return warnings on what `resume` finds here. On storage shared with the cluster, the job finds the same."""
     try:
         point = find_resume(config)
     except ConfigError as error:
@@ -233,7 +233,7 @@ def resume_warnings(config: RunConfig) -> list[str]:
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
-    """Token, resources, and no other job in the run folder. Raises ClusterError."""
+    """Check token and resources, and that no other job uses the run folder. Raises ClusterError."""
     if not cluster.token:
         say(f"warning: {NO_TOKEN}")
     resources = [(node.node_ip, node.resources_total) for node in cluster.nodes()]
@@ -256,14 +256,14 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
 
 
 def environment(submit: SubmitConfig) -> dict[str, str]:
-    """For the driver and all actors; an actor's own settings override them."""
+    """Return variables for the driver and all actors; an actor's own settings override them."""
     passed = {name: os.environ[name] for name in submit.pass_environment if name in os.environ}
     return {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
-        # Actors without a GPU keep the device variables as they are.
+        # Ray leaves the device variables of actors without a GPU unchanged.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Between SIGTERM and SIGKILL; Ray's own 3 s are too few for a run to end in order.
+        # Seconds between SIGTERM and SIGKILL; Ray's own 3 s are too few for an orderly end of a run.
         "RAY_JOB_STOP_WAIT_TIME_S": str(submit.stop_seconds),
         **passed,
         **submit.environment,
@@ -271,7 +271,7 @@ def environment(submit: SubmitConfig) -> dict[str, str]:
 
 
 def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, submit: SubmitConfig) -> dict[str, Any]:
-    """Arguments of Ray's `submit_job`; `overrides` (and a configuration file) describe `run`."""
+    """Return the arguments of Ray's `submit_job`; `overrides` (and a configuration file) describe `run`."""
     folder = run.config.run_dir
     name = re.sub(r"[^\w.-]+", "-", folder.name)
     arguments = ["-m", "rlkit.train", *(["--config", CONFIG_IN_ARCHIVE] if has_config_file else [])]
@@ -286,7 +286,7 @@ def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, 
 
 
 def submit_run(overrides: Sequence[str], file: Path | None) -> int:
-    """Check, upload, submit, follow. Return the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
+    """Check, upload, submit, follow. Returns the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
 
     Raises ConfigError, UploadError or ClusterError before anything is sent.
     """

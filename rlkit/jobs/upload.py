@@ -1,4 +1,4 @@
-"""The working folder packed into one archive. Ray's own choice neither names the files nor limits their size."""
+"""Packs the working folder into one archive. Ray's own selection neither lists the files nor limits their size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ANYWHERE = (
     *("__pycache__", "*.pyc", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
     *(".tox", ".nox", ".idea", ".vscode", ".DS_Store"),
 )
-"""Environments, caches and secrets, in any folder."""
+"""Environments, caches and secrets, excluded in any folder."""
 AT_THE_TOP = ("runs", "outputs", "wandb", "mlruns", "build", "dist")
-"""Outputs; further down these names may be code."""
+"""Outputs, excluded at the top; further down these names may be code."""
 SHOWN = 5
 
 
@@ -33,17 +33,17 @@ class Upload:
     files: dict[str, int]
     """Path relative to the folder, with `/` -> bytes."""
     too_large: dict[str, int]
-    """Left out for their size."""
+    """Files left out for their size."""
     links: list[str]
-    """To folders: left out with what is behind them. A link to a file travels as that file."""
+    """Links to folders: left out with what is behind them. A link to a file is uploaded as that file."""
 
     def has(self, path: str) -> bool:
-        """Whether `path`, relative to the folder, is a file of the upload, or a folder with one."""
+        """Return whether `path`, relative to the folder, is a file of the upload, or a folder with one."""
         name = os.path.normpath(path)  # as written: behind a link there is nothing in the archive
         return name in self.files or name == "." or any(file.startswith(f"{name}/") for file in self.files)
 
     def lines(self) -> list[str]:
-        """For the screen: the size, the links left out, and the files left out for their size."""
+        """Return lines for the screen: the size, the links left out, and the files left out for their size."""
         lines = [f"uploading {self.folder}: {len(self.files)} files, {_mib(sum(self.files.values()))}"]
         lines += [f"not uploaded: {name} (a link to a folder)" for name in self.links]
         for name, size in _largest(self.too_large):
@@ -81,7 +81,7 @@ def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_uploa
 
 
 def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None:
-    """Equal files give equal bytes, so that Ray recognizes a package it already has.
+    """Pack the files. Equal files give equal bytes, so that Ray recognises a package that it already has.
 
     `more` maps names in the archive to further files.
     """
@@ -95,12 +95,12 @@ def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None
 
 
 def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Relative paths of files and links: in a git checkout what git does not ignore, elsewhere all outside excluded
-    folders."""
+    """Yield relative paths of files and links: in a git checkout those that git does not ignore, elsewhere all outside
+    excluded folders."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
         for root, folders, names in os.walk(folder):
             parent = Path(root).relative_to(folder)
             folders[:] = [
@@ -117,14 +117,14 @@ def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
         path = folder / name
         if not name or environments & set(path.parents):
             continue
-        if (path / ".git").exists() and not path.is_symlink():  # a submodule or other checkout: one name to git
+        if (path / ".git").exists() and not path.is_symlink():  # a submodule or other checkout, for git a single name
             yield from (f"{name.rstrip('/')}/{own}" for own in _candidates(path, patterns))
         else:
             yield name
 
 
 def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches the path, a folder above it, or one of their names."""
+    """Return whether a pattern matches the path, a folder above it, or one of their names."""
     steps = name.split("/")
     if steps[0] in AT_THE_TOP:
         return True

@@ -1,1 +1,1 @@
-"""Sampling: vLLM engines in Ray actors, the weights they receive, and the producer that keeps the buffer filled."""
+"""Sampling: vLLM engines in Ray actors, the weights they receive, and the episodes that they play."""

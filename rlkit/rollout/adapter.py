@@ -1,4 +1,4 @@
-"""The policy's low-rank adapter in a vLLM engine: loaded in place of the last one, and named by every request."""
+"""The policy's low-rank adapter in a vLLM engine: it replaces the last one, and every request names it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rlkit.weights.publication import Loaded
 
 NAME, NUMBER = "policy", 1
 SIZES = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM 0.32 has room for (`vllm/config/lora.py`)."""
+"""Adapter sizes that vLLM 0.32 supports as maximum rank (`vllm/config/lora.py`)."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 class EngineAdapter:
-    """vLLM takes adapters as folders in peft's format; one is in memory for the moment of loading."""
+    """vLLM takes adapters as folders in peft's format; such a folder exists in memory while one is loaded."""
 
     def __init__(self, lora: LoraConfig) -> None:
         self.lora = lora
         self.request: Any = None
-        """What requests name; None before the first adapter came."""
+        """The adapter that requests name; None before the first one has arrived."""
 
     def options(self, model_path: str) -> dict[str, Any]:
-        """Of the engine. With an adapter on the head vLLM 0.32 could not give log-probs of prompts.
+        """Return the engine's options. With an adapter on the head, vLLM 0.32 could not return prompt log-probs.
 
         Raises UserError for a model that vLLM runs without adapters.
         """
@@ -47,7 +47,7 @@ class EngineAdapter:
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": size, "lora_target_modules": names}
 
     def load(self, engine: Any, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Between two steps of the engine. Return the sum of bits that came, for `adapter_report`."""
+        """Load an adapter between two engine steps. Returns the sum of its bits, for `adapter_report`."""
         from vllm.lora.request import LoRARequest
 
         tensors = dict(weights)
@@ -62,7 +62,7 @@ class EngineAdapter:
 
 
 def adapter_report(manager: Any, arrived: int) -> Loaded:
-    """What an engine's own buffers say about the adapter that came. `manager`: vLLM's LoRAModelManager."""
+    """Report on a loaded adapter from the engine's own buffers. `manager`: vLLM's LoRAModelManager."""
     slot = manager.lora_index_to_id.index(NUMBER)
     layers: Mapping[str, Any] = manager.get_adapter(NUMBER).loras
     buffers = [

@@ -1,4 +1,4 @@
-"""How policies write calls of tools, one reader per format."""
+"""Readers of the formats in which policies write tool calls."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 class CallFormat(Protocol):
     def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """The text without its calls, and the calls; one that cannot be read says so in `error`."""
+        """Return the text without its calls, and the calls; one that cannot be parsed has an `error`."""
         ...
 
 
 class Hermes:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as written by Hermes and Qwen."""
 
     _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
@@ -32,7 +32,7 @@ class Hermes:
 
 
 class Llama:
-    """`{"name": ..., "parameters": {...}}` instead of an answer, several with `;` between, as Llama 3 writes."""
+    """`{"name": ..., "parameters": {...}}` instead of an answer, several separated by `;`, as written by Llama 3."""
 
     _CALL = re.compile(r'\s*\{.*"name"\s*:', re.DOTALL)
     _TAG = "<|python_tag|>"
@@ -70,8 +70,8 @@ class Mistral:
 
 
 class Tags:
-    """A tag of the tool's name around its argument or a JSON object or tags of its arguments, as
-    `<search>who?</search>`, and `<function=NAME><parameter=NAME>...</parameter></function>`, as Qwen3-Coder writes."""
+    """A tag with the tool's name around its argument, a JSON object, or tags with its arguments, like
+    `<search>who?</search>`; and `<function=NAME><parameter=NAME>...</parameter></function>`, as Qwen3-Coder writes."""
 
     _PARAMETER = re.compile(r"<parameter=([\w.-]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 
@@ -126,7 +126,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class FromVLLM:
-    """vLLM's parser of that name. It does not tell a call that it cannot read from an answer without one."""
+    """vLLM's parser of that name. It does not distinguish a call that it cannot parse from an answer without calls."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -135,11 +135,11 @@ class FromVLLM:
     def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         try:
             return self.read_by_parser(text)
-        except Exception:  # what a policy writes may break a parser
+        except Exception:  # a policy's text may break a parser
             return text, ()
 
     def read_by_parser(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """Raises whatever the parser does."""
+        """Read with vLLM's parser. Raises whatever the parser raises."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.tool_parsers import ToolParserManager
 
@@ -161,12 +161,12 @@ OF_VLLM = {
     "<｜tool▁call▁begin｜>": "vllm:deepseek_v3",
     "functools[": "vllm:phi4_mini_json",
 }
-"""Texts in a written call that tell which of vLLM's parsers reads it."""
+"""Text in a written call -> the parser of vLLM that reads it."""
 
 
 def call_format(name: str, tools: Sequence[Tool], tokenizer: PreTrainedTokenizerBase) -> CallFormat:
-    """By its name, or `vllm:` and that of a parser of vLLM. Raises UserError for an unknown one, or one that wants
-    tokens which the tokenizer does not have, or reads no text."""
+    """Return the format of a name, or of `vllm:` and the name of a vLLM parser. Raises UserError for an unknown one, or
+    one that needs tokens that the tokenizer does not have, or does not read text."""
     if name.startswith("vllm:"):
         from vllm.tool_parsers import ToolParserManager
 
@@ -189,14 +189,14 @@ def call_format(name: str, tools: Sequence[Tool], tokenizer: PreTrainedTokenizer
 
 
 class _Unreadable(str):
-    """Why a text is no JSON."""
+    """Why a text is not JSON."""
 
 
 def _json(text: str) -> Any:
-    """The value, or why there is none."""
+    """Return the value, or why there is none."""
     try:
         value = json.loads(text, strict=False, parse_constant=_refuse)
-        json.dumps(value, ensure_ascii=False).encode()  # "\\ud83d" is half a character, which no tokenizer takes
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud83d" is half a character, which no tokenizer accepts
         return value
     except (ValueError, RecursionError) as error:
         return _Unreadable(f"it is not valid JSON ({error})")
@@ -207,7 +207,7 @@ def _refuse(constant: str) -> Any:
 
 
 def _objects(body: str) -> list[str]:
-    """JSON objects one after another, as texts; the rest, where one does not end, as one."""
+    """Split consecutive JSON objects into texts; from one that does not end, the rest is one text."""
     decoder = json.JSONDecoder(strict=False)
     parts: list[str] = []
     body = body.strip()
@@ -237,18 +237,18 @@ def _from_value(value: Any, text: str) -> ToolCall:
 
 def _call(name: str, arguments: Any, id: Any = "") -> ToolCall:
     if isinstance(arguments, str) and not isinstance(arguments, _Unreadable):
-        arguments = _json(arguments)  # some models write them as a text of JSON
+        arguments = _json(arguments)  # some models write them as a JSON string
     if isinstance(arguments, _Unreadable):
         return ToolCall(name, error=f"the arguments of {name} cannot be read: {arguments}")
     if not isinstance(arguments, dict):
         return ToolCall(name, error=f"the arguments of {name} are a JSON object")
-    # Templates of Mistral refuse other ids.
+    # Mistral's templates refuse other ids.
     own = id if isinstance(id, str) and re.fullmatch(r"[a-zA-Z0-9]{9}", id) else ""
     return ToolCall(name, arguments, own)
 
 
 def _typed(text: str, schema: Mapping[str, Any]) -> Any:
-    """A value that is not a text where the schema asks for one and this is one."""
+    """Return the parsed value if the schema asks for something other than text and this is JSON, else the text."""
     kinds = {schema.get("type"), *(option.get("type") for option in schema.get("anyOf", ()))}
     if "string" in kinds or kinds == {None}:
         return text

@@ -1,4 +1,4 @@
-"""The ledger of an episode: what the engine was given and what it returned, token by token. No vLLM here."""
+"""The record of an episode: what the engine was given and what it returned, token by token. No vLLM here."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens of an episode."""
+    """Token limits of an episode."""
 
     prompt: int
-    """Of what it begins with."""
+    """For its opening."""
     response: int
-    """Of all turns and observations of one conversation together."""
+    """For all turns and observations of one conversation together."""
     rows: int
-    """Of all its conversations together, each with what it begins with: the learner computes them at once."""
+    """For all its conversations together, including their openings: the learner computes them at once."""
 
     def of(self, prompt: Sequence[int]) -> int:
-        """Up to where a conversation that begins so may go."""
+        """Return the total length that a conversation with this prompt may reach."""
         return min(len(prompt), self.prompt) + self.response
 
 
@@ -37,7 +37,7 @@ class _Piece(NamedTuple):
     token_ids: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
-    """Of the policy, token by token; -1: an observation."""
+    """Policy version of each token; -1: an observation."""
     role: str
     data: Mapping[str, Any]
 
@@ -46,15 +46,15 @@ class _Piece(NamedTuple):
 class _Turn:
     response: Response
     kept: int
-    """Of its tokens; fewer than were sampled where the template goes on otherwise than with the sampled stop token."""
+    """How many of its tokens are kept: not all if the template continues with another than the sampled stop token."""
     text: str
     data: dict[str, Any]
     observation: list[int] = field(default_factory=list)
-    """Token ids between it and the next turn."""
+    """Token ids between this turn and the next."""
     observed_role: str = ""
 
     def pieces(self) -> list[_Piece]:
-        """The turn and what follows it, without what is empty."""
+        """Return the turn, and the observation after it if there is one."""
         response, kept, between = self.response, self.kept, np.array(self.observation, np.int32)
         said = response.token_ids[:kept], response.logprobs[:kept], response.versions[:kept]
         observed = _Piece(between, np.zeros(len(between)), np.full(len(between), -1), self.observed_role, {})
@@ -62,18 +62,18 @@ class _Turn:
 
 
 class Conversation:
-    """Sampled tokens are never rendered again: each prompt is the one before, what was sampled, and a bridge."""
+    """Sampled tokens are never rendered again: each prompt is the previous one, the sampled tokens, and a bridge."""
 
     def __init__(self, prompt_ids: Sequence[int], limit: int, opening: Iterable[Message] = ()) -> None:
         """`limit`: tokens of all turns and observations together (`rollout.max_response_tokens`). `opening`: the
-        messages that `prompt_ids` are of."""
+        messages rendered as `prompt_ids`."""
         self.prompt_ids, self.opening = tuple(prompt_ids), tuple(opening)
         self._ids = list(prompt_ids)
         self._limit = len(self._ids) + limit
         self._turns: list[_Turn] = []
         self._answer: tuple[Bridge, str] | None = None  # the last observation, until a turn follows it
         self.messages: list[Message] = []
-        """What was said after the prompt."""
+        """The messages after the prompt."""
 
     @property
     def turns(self) -> int:
@@ -81,18 +81,18 @@ class Conversation:
 
     @property
     def room(self) -> int:
-        """Tokens left for the next turn."""
+        """Number of tokens left for the next turn."""
         return self._limit - len(self)
 
     def __len__(self) -> int:
-        """Tokens of what the next turn continues."""
+        """Return the number of tokens that the next turn continues."""
         if self._answer is None:
             return len(self._ids)
         bridge, _ = self._answer
         return len(self._ids) - bridge.drop + len(bridge.ids)
 
     def prompt(self) -> list[int]:
-        """What the next turn continues."""
+        """Return the tokens that the next turn continues."""
         if self._answer is None:
             return list(self._ids)
         bridge, _ = self._answer
@@ -105,7 +105,7 @@ class Conversation:
         calls: Sequence[ToolCall] = (),
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """A turn of the policy in answer to `prompt()`. `text`: without its calls; `data`: for its span."""
+        """Add the policy's turn in answer to `prompt()`. `text`: without its calls; `data`: for its span."""
         if self._answer is not None:
             bridge, role = self._answer
             last = self._turns[-1]
@@ -119,12 +119,12 @@ class Conversation:
         self.messages.append(Message("assistant", text, calls=tuple(calls)))
 
     def judged(self, step: Step) -> None:
-        """What the last turn earned, the state it was taken in, and what the environment says of it."""
+        """Record the last turn's reward, the state it was taken in, and the environment's metrics for it."""
         said = {"metrics": dict(step.metrics)} if step.metrics else {}
         self._turns[-1].data.update(reward=step.reward, state=step.state, **said)
 
     def observed(self, bridge: Bridge, messages: Sequence[Message]) -> bool:
-        """The environment's answer to the last turn. False: it would leave no token for the next, and is not kept."""
+        """Add the environment's answer to the last turn; if it would leave no token for the next, return False."""
         if self._answer is not None or not self._turns:
             raise RuntimeError("an observation that answers no turn")
         if len(self._ids) - bridge.drop + len(bridge.ids) >= self._limit:
@@ -134,7 +134,7 @@ class Conversation:
         return True
 
     def pieces(self) -> list[_Piece]:
-        """Everything from the first sampled token to the last."""
+        """Return everything from the first sampled token to the last."""
         return [piece for turn in self._turns for piece in turn.pieces()]
 
     def last(self) -> tuple[str, FinishReason]:
@@ -142,9 +142,9 @@ class Conversation:
 
 
 def opening_of(prompt: Prompt, played: Sequence[Sequence[Conversation]]) -> Prompt:
-    """What a group's samples began with, of all that each of them has begun: what they share, then what holds the
-    task's messages, then the shortest. So it does not depend on who was first. The prompt itself if nothing was
-    begun."""
+    """Return a group's prompt with an opening from its samples' conversations: preferably one that all samples share,
+    then one with the task's messages, then the shortest, so that it does not depend on timing. Returns the prompt
+    itself if no conversation was begun."""
     begun = [conversations for conversations in played if conversations]
     if not begun:
         return prompt
@@ -167,10 +167,10 @@ def as_sample(
     prompt_ids: tuple[int, ...] | None = None,
     last: tuple[str, FinishReason] | None = None,
 ) -> Sample:
-    """All that was sampled in an episode, one conversation after the other.
+    """Return all that was sampled in an episode as a sample, one conversation after the other.
 
-    `prompt_ids`: of the group; None: the first conversation's. `last`: text and end of the last answer; None: the last
-    conversation's. Raises ValueError if nothing was sampled.
+    `prompt_ids`: the group's; None: the first conversation's. `last`: text and finish reason of the last answer; None:
+    the last conversation's. Raises ValueError if nothing was sampled.
     """
     conversations = [conversation for conversation in conversations if conversation.turns]
     if not conversations:

@@ -1,4 +1,4 @@
-"""Which worker samples what, and how much each has to do."""
+"""Decides which worker samples what, and tracks how much each has to do."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rlkit.rollout.requests import GroupRequest
 
 @dataclass(eq=False)
 class Load:
-    """What one worker's process was given, in responses."""
+    """The load of one worker's process, in responses."""
 
     dealt: int = 0
     handed_over: int = 0
-    """Of the groups that have come back."""
+    """Responses of groups that have come back."""
     finished: int = 0
-    """As the worker last said: also those of groups that are not whole yet."""
+    """As last reported by the worker, including responses of incomplete groups."""
     asking: asyncio.Task[None] | None = None
-    """Asks the worker for that number."""
+    """Task that asks the worker for `finished`."""
 
     @property
     def unfinished(self) -> int:
-        """At most."""
+        """Upper bound of the responses not yet finished."""
         return self.dealt - max(self.handed_over, self.finished)
 
     def again(self) -> Load:
-        """Of a new process, which samples whatever has not come back."""
+        """Return the load of a new process, which samples whatever has not come back."""
         return Load(self.dealt - self.handed_over)
 
 
@@ -37,10 +37,10 @@ HasFinished = Callable[[int, int], Awaitable[int | None]]
 
 
 class Loads:
-    """What all workers were given, and who waits until one has a free place."""
+    """The loads of all workers; callers can wait until a worker has a free slot."""
 
     def __init__(self, workers: int, places: int, has_finished: HasFinished) -> None:
-        """`places`: responses that an engine samples at once."""
+        """`places`: number of responses that an engine samples at once."""
         self._loads = [Load() for _ in range(workers)]
         self._most, self._has_finished = places, has_finished
         self._less_to_do = asyncio.Condition()
@@ -49,21 +49,21 @@ class Loads:
         return self._loads[worker]
 
     def deal(self, requests: Sequence[GroupRequest]) -> list[list[GroupRequest]]:
-        """A share for each worker."""
+        """Assign requests to workers; return a share for each worker."""
         shares = deal(requests, [load.unfinished for load in self._loads])
         for load, share in zip(self._loads, shares, strict=True):
             load.dealt += responses(share)
         return shares
 
     async def again(self, worker: int) -> None:
-        """A new process samples whatever has not come back."""
+        """Note that a new process samples whatever has not come back."""
         self._loads[worker] = self._loads[worker].again()
         await self.tell()
 
     async def free(self, size: int) -> int:
-        """How many more groups of `size` responses fill the engines; waits until one has a free place.
+        """Return how many more groups of `size` responses fill the engines; wait until one has a free slot.
 
-        The last one may find places for some of its responses: the others wait in the engine's queue.
+        There may be slots for only some responses of the last group: the others wait in the engine's queue.
         """
         async with self._less_to_do:
             while not (free := [self._most - o.unfinished for o in self._loads if o.unfinished < self._most]):
@@ -74,15 +74,15 @@ class Loads:
         return sum(-(-places // size) for places in free)
 
     async def _ask(self, worker: int, load: Load) -> None:
-        """Wait until an engine has finished enough for a place to be free: also when no group is whole."""
+        """Wait until an engine has finished enough responses to free a slot, even if no group is complete."""
         finished = await self._has_finished(worker, load.dealt - self._most + 1)
-        if finished is None:  # a replacement is asked anew
+        if finished is None:  # its replacement will be asked
             return
         load.finished, load.asking = finished, None
         await self.tell()
 
     async def tell(self) -> None:
-        """Of less to do."""
+        """Wake those that wait for a free slot."""
         async with self._less_to_do:
             self._less_to_do.notify_all()
 
@@ -92,8 +92,8 @@ def responses(requests: Sequence[GroupRequest]) -> int:
 
 
 def deal(requests: Sequence[GroupRequest], unfinished: Sequence[int]) -> list[list[GroupRequest]]:
-    """Split requests over workers that have so many unfinished responses each: then equal numbers of responses where
-    that can be (within a group), and similar numbers of prompt tokens.
+    """Split requests over workers with these numbers of unfinished responses, so that each then has as many responses
+    as the others where possible (within a group), and a similar number of prompt tokens.
 
     Longest prompts first, each to the worker with the fewest responses, then the fewest tokens; shares keep the order.
     """

@@ -1,14 +1,14 @@
-"""The policy over HTTP, for agents that own their loop: one server per rollout worker, in its event loop.
+"""The policy over HTTP, for agents that run their own loop: one server per rollout worker, in its event loop.
 
     agent (its own process, any client)  --HTTP, loopback-->  Server  ->  Session of its token  ->  RolloutWorker.turn
 
-Routes: `/sessions/TOKEN/v1/chat/completions` and `/v1/models` as OpenAI has them, and
-`/sessions/TOKEN/inference/v1/generate`, vLLM's tokens in, tokens out. A token stands for one episode; who knows it may
-call. How calls become conversations is `session.py`.
+Routes: `/sessions/TOKEN/v1/chat/completions` and `/v1/models` as in OpenAI's API, and
+`/sessions/TOKEN/inference/v1/generate`, vLLM's tokens in, tokens out. A token stands for one episode; anyone who knows
+it may call. `session.py` turns calls into conversations.
 
-The run decides how is sampled: temperature, seed and the like of a call have no effect, which the log says once. What
-would change the meaning of an answer (several choices, stop texts, forced tools, answers of a form) is refused. Errors
-have the status 400, which no client tries again, or 410 after the end.
+The run decides how to sample: a call's temperature, seed and the like have no effect, which the log says once. Options
+that would change the meaning of an answer (several choices, stop texts, forced tools, structured output) are refused.
+Errors have status 400, which no client retries, or 410 once the episode has ended.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 MODEL = "policy"
 MOST_RENDERERS = 256
-"""One per list of tools; an agent may describe them otherwise in each episode."""
+"""There is one per list of tools; an agent may describe its tools differently in each episode."""
 RETRIES = "x-stainless-retry-count"
-"""Header of OpenAI's clients: which retry of one call this is."""
+"""Header of OpenAI's clients: the number of this retry of a call."""
 OF_THE_RUN = (
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
@@ -53,7 +53,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (), "features": (), "content_parts": (), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "output_mode": ("tokens",),
 }  # fmt: skip
-"""Values besides null with which a field changes nothing."""
+"""Field -> values, other than null, that change nothing."""
 
 
 class _Function(BaseModel):
@@ -116,7 +116,7 @@ class Server:
         self._renderers: dict[str, Renderer] = {}
         self._sessions: dict[str, Session] = {}
         self._ignored: set[str] = set()
-        """Fields that the log has named."""
+        """Ignored fields that have been logged."""
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -134,7 +134,7 @@ class Server:
         )
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._port = listener.getsockname()[1]
-        # An agent's pause between two calls must not race with the end of an idle connection.
+        # An agent's pause between two calls must not race with the timeout of an idle connection.
         options = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=3600)
         self._server = _Uvicorn(options)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
@@ -145,21 +145,21 @@ class Server:
             await self._serving
 
     def renderer(self, tools: Sequence[Tool]) -> Renderer:
-        """Raises UserError if the chat template cannot go on with them."""
+        """Return the renderer for these tools. Raises UserError if the chat template cannot continue with them."""
         key = json.dumps([tool.schema() for tool in tools])
         renderer = self._renderers.pop(key, None)
         if renderer is None:
             renderer = self._new_renderer(tools)
             if problems := renderer.problems():
                 raise UserError("; ".join(problems))
-        self._renderers[key] = renderer  # as the last one
+        self._renderers[key] = renderer  # now the most recently used
         if len(self._renderers) > MOST_RENDERERS:
             del self._renderers[next(iter(self._renderers))]
         return renderer
 
     @contextlib.contextmanager
     def session(self, session: Session) -> Iterator[Endpoint]:
-        """Its calls are answered until the block ends."""
+        """Answer a session's calls until the block ends."""
         token = secrets.token_urlsafe(16)
         self._sessions[token] = session
         try:
@@ -209,7 +209,7 @@ class Server:
         return JSONResponse({"request_id": response.id, "choices": [choice]})
 
     def _read(self, kind: type[Any], body: bytes, within: str = "") -> Any:
-        """Raises RefusedError for what cannot be answered as it asks."""
+        """Parse a call. Raises RefusedError if it cannot be answered as requested."""
         try:
             fields = _loaded(body)
             call = kind.model_validate(fields)
@@ -268,7 +268,7 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are the rollout worker's."""
+    """Leaves signals to the rollout worker."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -286,7 +286,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 def _loaded(content: str | bytes) -> Any:
-    """Of JSON. Halves of characters, which no tokenizer takes, become `?`: clients cut texts in the middle of one."""
+    """Parse JSON. Half characters, which no tokenizer accepts, become `?`: clients cut texts in mid-character."""
     return json.loads(json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace"))
 
 
@@ -316,7 +316,7 @@ def _call(call: _Call, number: int) -> ToolCall:
 
 
 async def _events(completion: Mapping[str, Any]) -> Any:
-    """A stream of one piece: the whole turn is known at once."""
+    """Yield the stream's events; the whole turn is one piece, as it is known at once."""
     (choice,) = completion["choices"]
     message = dict(choice["message"])
     if calls := message.get("tool_calls"):

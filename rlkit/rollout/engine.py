@@ -1,4 +1,4 @@
-"""How a vLLM engine is made: environment variables, arguments, and what it needs after its weights changed."""
+"""How a vLLM engine is created: environment variables, arguments, and what it needs after a weight update."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlkit.weights.publication import CANARY_PROMPTS, Loaded
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.5
-"""Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). What is finer than
-this is for the other proofs."""
+"""Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). Smaller errors are
+left to the other proofs."""
 CANARY_TOLERANCE_COARSE = 1.0
-"""Weights in eight bits give 0.3 on the rarest of 300 tokens, keys and values 0.2 (measured: fp32 learner, a tiny
-random model)."""
+"""8-bit weights give 0.3 on the rarest of 300 tokens, 8-bit keys and values 0.2 (measured: fp32 learner, a tiny random
+model)."""
 
 
 def cpu_environment(threads: int) -> dict[str, str]:
-    # Passive waiting: actors share the cores, and spinning OpenMP threads of one slow the others several-fold.
-    # No compilation: the sampler's costs 13 s on first use and gains nothing measurable on CPU.
+    # Passive waiting: actors share the cores, and one actor's spinning OpenMP threads slow the others several-fold.
+    # No compilation: the sampler's takes 13 s on first use and gains nothing measurable on CPU.
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
@@ -34,7 +34,7 @@ def cpu_environment(threads: int) -> dict[str, str]:
 
 
 def engine_environment(device: str, threads: int) -> dict[str, str]:
-    """Environment variables to set before vLLM is imported."""
+    """Return the environment variables to set before vLLM is imported."""
     shared = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -45,19 +45,19 @@ def engine_environment(device: str, threads: int) -> dict[str, str]:
 
 
 def shared_gpus_environment(share: float) -> dict[str, str]:
-    """Variables that let vLLM place an engine's workers as Ray actors with `share` of a GPU each."""
+    """Return variables that let vLLM place an engine's workers as Ray actors with `share` of a GPU each."""
     return {"VLLM_RAY_PER_WORKER_GPUS": f"{share:g}", "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"}
 
 
 def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
-    """Who runs an engine's workers: this process, its children (own GPUs), or Ray (GPUs shared with ranks)."""
+    """Return who runs an engine's workers: this process, its children (own GPUs), or Ray (GPUs shared with ranks)."""
     if gpus == 1:
         return "uni"
     return "ray" if os.environ.get(BUNDLES) else "mp"
 
 
 def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
-    """Tokens that end a response, from the generation config and the tokenizer. Raises ValueError if there are none."""
+    """Return the stop tokens of the generation config and the tokenizer. Raises ValueError if there are none."""
     from transformers import GenerationConfig
 
     stops: set[int] = set()
@@ -83,7 +83,7 @@ def engine_arguments(
     route: WeightRoute,
     sleeps: bool,
 ) -> dict[str, Any]:
-    """By the names of vLLM's EngineArgs, without those of `rollout.engine`."""
+    """Return arguments by the names of vLLM's EngineArgs, without those of `rollout.engine`."""
     from rlkit.rollout.receiver import BACKENDS, EXTENSION
 
     max_model_len = config.max_prompt_tokens + config.max_response_tokens
@@ -102,7 +102,7 @@ def engine_arguments(
     if route != "object_store":
         transfer["weight_transfer_config"] = {"backend": BACKENDS[route]}
     if config.structured is not None and config.structured.column is not None:
-        # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
+        # vLLM chooses the library by the first grammar, and gives it all others even if it does not support them.
         transfer["structured_outputs_config"] = {"backend": "xgrammar"}
     return {
         "model": model_path,
@@ -111,7 +111,7 @@ def engine_arguments(
         "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_concurrent_samples + CANARY_PROMPTS,
-        "max_num_active_seqs": config.max_concurrent_samples,  # while there is no canary
+        "max_num_active_seqs": config.max_concurrent_samples,  # except while the canary is computed
         "enforce_eager": True if on_cpu else config.enforce_eager,
         "enable_prefix_caching": config.prefix_caching,
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -128,7 +128,7 @@ def engine_arguments(
 
 
 def make_engine(arguments: Mapping[str, Any], further: Mapping[str, Any]) -> Any:
-    """`further`: the user's (`rollout.engine`). Raises UserError if vLLM does not start with them."""
+    """Start an engine. `further`: the user's arguments (`rollout.engine`); raises UserError if vLLM fails with them."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -141,7 +141,7 @@ def make_engine(arguments: Mapping[str, Any], further: Mapping[str, Any]) -> Any
 
 
 def repack_head(model: Any) -> None:
-    # vLLM 0.32 on CPU reloads a tied embedding, but not the head's packed copy of it: it would keep sampling from that.
+    # vLLM 0.32 on CPU reloads a tied embedding, but not the head's packed copy, from which it would keep sampling.
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
@@ -158,7 +158,7 @@ def joined(reports: Sequence[Loaded]) -> Loaded:
 
 
 def the_same(checksums: Sequence[str]) -> str:
-    """Of what each GPU of an engine received. Raises RuntimeError if they differ."""
+    """Return the checksum of what all GPUs of an engine received. Raises RuntimeError if they differ."""
     different = sorted(set(checksums))
     if len(different) > 1:
         raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(different)}")
@@ -166,13 +166,13 @@ def the_same(checksums: Sequence[str]) -> str:
 
 
 def draws_all_at_once(engine: Any) -> bool:
-    """vLLM's runner V2 makes the noise of seed, position and token, and gives a seed to requests that have none; the
-    older runner draws for each request that has one by itself."""
+    """Return whether vLLM uses runner V2, which computes noise from seed, position and token, and gives a seed to
+    requests without one; the older runner draws separately for each request with a seed."""
     return bool(engine.vllm_config.use_v2_model_runner)
 
 
 def canary_tolerance(config: RunConfig) -> float:
-    """Largest difference of log-probs between an engine and the learner (`rollout.canary_tolerance`)."""
+    """Return the largest log-prob difference allowed between an engine and the learner (`rollout.canary_tolerance`)."""
     rollout = config.rollout
     if rollout.canary_tolerance is not None:
         return rollout.canary_tolerance

@@ -1,4 +1,4 @@
-"""Environments in processes beside the rollout worker: one that hangs or dies is killed and replaced, and its episodes
+"""Environments in processes next to the rollout worker: one that hangs or dies is killed and replaced, and its episodes
 fail with the cause."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlkit.experience.names import find_class
 from rlkit.rollout.hosts import EpisodeFailedError, InlineHost
 
 GRACE_SECONDS = 1.0
-"""Beyond `step_timeout_seconds`, within which what can be cancelled says itself that it took too long."""
+"""Added to `step_timeout_seconds`, so that what can be cancelled can itself report that it took too long."""
 _HEAD = struct.Struct("!Q")
 
 
@@ -37,7 +37,7 @@ class _Call:
     answer: asyncio.Future[Any]
     asked: float = field(default_factory=time.monotonic)
     began: float | None = None
-    """When the process took it up; None: it waits behind another one."""
+    """When the process began it; None: it waits behind another call."""
 
 
 @dataclass
@@ -48,11 +48,11 @@ class _Worker:
     episodes: set[str] = field(default_factory=set)
     reading: asyncio.Task[None] | None = None
     heard: float = 0.0
-    """When it last said something."""
+    """When it last sent something."""
 
     def late(self, seconds: float) -> set[int]:
-        """The calls that were taken up so long ago. Others wait, unless the process is busy with none and silent for
-        twice as long: then it hangs between two calls."""
+        """Return the calls begun longer than `seconds` ago. If none has begun, return those waiting while the process
+        has been silent for twice as long: then it hangs between two calls."""
         now = time.monotonic()
         began = {number: call.began for number, call in self.calls.items() if call.began is not None}
         if began:
@@ -63,29 +63,29 @@ class _Worker:
 class ProcessHost:
     """`environment.workers` processes with at most `environment.concurrency` episodes each.
 
-    If one must be killed, or dies, the calls that it was busy with are the cause; its other episodes begin again at no
-    cost (`EpisodeFailedError.innocent`).
+    If a process must be killed, or dies, the calls that it was busy with count as the cause; its other episodes begin
+    again at no cost (`EpisodeFailedError.innocent`).
     """
 
     def __init__(
         self, target: str, cls: type[Environment], config: EnvironmentConfig, log: Path, startup: float
     ) -> None:
-        """`target`: the dotted path of `cls`. `log`: what the processes print. `startup`: seconds to prepare."""
+        """`target`: the dotted path of `cls`. `log`: file for the processes' output. `startup`: seconds to prepare."""
         self.target, self.cls, self.config, self.log, self.startup = target, cls, config, log, startup
         self.tools: tuple[Tool, ...] = ()
         self._workers: list[_Worker | None] = [None] * config.workers
         self._starting = [asyncio.Lock() for _ in range(config.workers)]
         self._place: dict[str, int] = {}
-        """Of each open episode: its process."""
+        """Open episode -> index of its process."""
         self._suspects = set[str]()
-        """Episodes whose process ended while it was busy with none of them: any may be the cause."""
+        """Episodes whose process ended while it was busy with none of them: any of them may be the cause."""
         self._left = asyncio.Condition()
         """Notified when an episode leaves."""
         self._numbers = itertools.count()
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Raises UserError if an environment cannot be prepared."""
+        """Start the processes. Raises UserError if an environment cannot be prepared."""
         self._watch = asyncio.create_task(self._enforce_deadlines())
         await asyncio.gather(*(self._worker(index) for index in range(len(self._workers))))
 
@@ -129,7 +129,7 @@ class ProcessHost:
         return min(range(len(self._workers)), key=self._load)
 
     async def _ask(self, key: str, method: str, *arguments: Any) -> Any:
-        """Raises EpisodeFailedError or ToolsChangedError."""
+        """Call a method of an episode in its process. Raises EpisodeFailedError or ToolsChangedError."""
         index = self._place[key]
         if method == "open":
             try:
@@ -154,7 +154,7 @@ class ProcessHost:
             worker.calls.pop(number, None)
 
     async def _worker(self, index: int) -> _Worker:
-        """The process at this place, started if there is none. Raises UserError."""
+        """Return the process with this index, started if there is none. Raises UserError."""
         async with self._starting[index]:
             worker = self._workers[index]
             if worker is None:
@@ -165,7 +165,7 @@ class ProcessHost:
         ours, theirs = socket.socketpair()
         name = f"{self.cls.__name__}, process {index}"
         command = [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"]
-        # An agent's calls of the policy go through no proxy.
+        # An agent's calls to the policy must not go through a proxy.
         direct = ",".join(filter(None, [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1"]))
         paths = os.pathsep.join(path or "." for path in sys.path)
         environment = {**os.environ, "PYTHONPATH": paths, "NO_PROXY": direct, "no_proxy": direct}
@@ -225,7 +225,7 @@ class ProcessHost:
                     await self._lose(index, worker, "timeout", details, late)
 
     async def _lose(self, index: int, worker: _Worker, kind: str, details: str, causes: set[int] | None = None) -> None:
-        """End a process. `causes`: the calls at fault; None: those that it was busy with."""
+        """End a process and fail its calls. `causes`: the calls at fault; None: those that it was busy with."""
         if self._workers[index] is not worker:
             return
         self._workers[index] = None
@@ -248,14 +248,14 @@ class ProcessHost:
 
 def main(file: int) -> None:
     die_with_parent()
-    # A process that an environment forks off has another end in place of the connection: it would take calls away.
+    # A process that an environment forks must not hold the connection, or it would take calls from this one.
     os.register_at_fork(after_in_child=lambda: os.dup2(os.open(os.devnull, os.O_RDWR), file))
     asyncio.run(_serve(socket.socket(fileno=file)))
 
 
 async def _serve(connection: socket.socket) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
-    writer.transport.set_write_buffer_limits(0)  # drained: nothing is left in this process
+    writer.transport.set_write_buffer_limits(0)  # after drain() nothing is left in this process
     target, options = await _read(reader)
     try:
         host = await _prepared(target, options)
@@ -263,7 +263,7 @@ async def _serve(connection: socket.socket) -> None:
         _write(writer, f"{type(error).__name__}: {error}")
         await writer.drain()
         raise
-    # A check of arguments is a function; the tools' own process has it.
+    # A tool's check of arguments is a function and stays in this process.
     _write(writer, tuple(replace(tool, check=None) for tool in host.tools))
     running: set[asyncio.Task[None]] = set()
     me, taking_up = os.getpid(), asyncio.Lock()
@@ -274,7 +274,7 @@ async def _serve(connection: socket.socket) -> None:
             running.add(task)
             task.add_done_callback(running.discard)
     if os.getpid() != me:
-        os._exit(0)  # an orderly end would take down what a forked process shares with this one
+        os._exit(0)  # an orderly exit would shut down what a forked process shares with this one
 
 
 async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
@@ -287,9 +287,9 @@ async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
 async def _answer(
     host: InlineHost, writer: asyncio.StreamWriter, taking_up: asyncio.Lock, number: int, method: str, arguments: Any
 ) -> None:
-    async with taking_up:  # one by one, or calls behind one that hangs would seem to have begun
+    async with taking_up:  # one by one, or calls behind a hanging one would seem to have begun
         _write(writer, (number, "began", None))
-        await writer.drain()  # should this call end the process, it and answers before it are known
+        await writer.drain()  # if this call ends the process, its beginning and earlier answers are known
     try:
         value = await getattr(host, method)(*arguments)
         _write(writer, (number, "answer", value))
@@ -305,12 +305,12 @@ async def _answer(
 
 
 def _write(writer: asyncio.StreamWriter, message: Any) -> None:
-    """Pickled: the two processes are one program, and nobody else has the socket."""
+    """Send a message, pickled: both processes run the same program, and no other has the socket."""
     content = pickle.dumps(message)
     writer.write(_HEAD.pack(len(content)) + content)
 
 
 async def _read(reader: asyncio.StreamReader) -> Any:
-    """Raises EOFError at the end."""
+    """Receive a message. Raises EOFError at the end."""
     (length,) = _HEAD.unpack(await reader.readexactly(_HEAD.size))
     return pickle.loads(await reader.readexactly(length))

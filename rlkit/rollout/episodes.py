@@ -1,4 +1,4 @@
-"""Episodes of an environment, one coroutine each: the policy and the environment take turns until one of them ends."""
+"""Episodes of an environment, one coroutine each: policy and environment take turns until the episode ends."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ async def open_episodes(
     *,
     seeded: bool,
 ) -> Episodes:
-    """With the run's environment started; `log`: of its processes; `seeded`: each turn has a seed. Raises UserError,
-    also for a chat template with which no episode can be played, or what its `prepare` raises."""
+    """Start the run's environment and return its Episodes. `log`: file for its processes; `seeded`: each turn has a
+    seed. Raises UserError, also if no episode can be played with the chat template, or what `prepare` raises."""
     section: Mapping[str, Any] = config.environment
     cls = import_part("environment", section[TARGET])
     options = cls.Config(**{key: value for key, value in section.items() if key != TARGET})
@@ -57,12 +57,12 @@ async def open_episodes(
         else ProcessHost(section[TARGET], cls, options, log, config.trainer.startup_timeout_seconds)
     )
     await host.start()
-    # Some templates print today's date: at midnight a conversation would not go on, nor a group have one opening.
+    # Some templates print today's date: after midnight a conversation could not continue, and openings would differ.
     arguments = {"strftime_now": datetime.now().strftime, **config.model.chat_template_arguments}
     template = ChatTemplate(tokenizer, config.model.chat_template, arguments)
     renderer = Renderer(template, host.tools, stop_token_ids, options.calls, options.history)
     endpoint = None
-    if issubclass(cls, Agent):  # whose calls bring their tools, and are checked then
+    if issubclass(cls, Agent):  # an agent's calls bring their tools, and are checked then
         from rlkit.rollout.endpoint import Server
 
         def of_call(tools: Sequence[Tool]) -> Renderer:
@@ -70,7 +70,7 @@ async def open_episodes(
 
         endpoint = Server(of_call, stop_token_ids)
         await endpoint.start()
-    elif problems := renderer.problems():  # of tools that only a started environment knows
+    elif problems := renderer.problems():  # with tools that only a started environment knows
         raise UserError("; ".join(problems))
     rows = longest_episode(config)
     return Episodes(host, renderer, options, config.rollout, seeded, stop_token_ids, turn, version, endpoint, rows)
@@ -78,14 +78,14 @@ async def open_episodes(
 
 @dataclass
 class _Playing:
-    """A group whose episodes are open."""
+    """A group with open episodes."""
 
     request: GroupRequest
     prompt: Prompt | None = None
-    """With the opening that all its samples read; None: none was reset yet, or agents decide."""
+    """The prompt with the opening that all its samples read; None: none was reset yet, or agents decide."""
 
     def read(self, messages: tuple[Message, ...], token_ids: Sequence[int]) -> None:
-        """Raises EpisodeFailedError for another opening than the others had."""
+        """Note a sample's opening. Raises EpisodeFailedError if it differs from the others'."""
         if self.prompt is None:
             self.prompt = replace(self.request.prompt, messages=messages, token_ids=tuple(token_ids))
         elif self.prompt.token_ids != tuple(token_ids):
@@ -102,9 +102,9 @@ class _Played:
     episode: Episode
     conversations: list[Conversation]
     of_agent: Step | None = None
-    """What an agent earned, for all its turns."""
+    """What an agent returned for all its turns."""
     last: tuple[str, FinishReason] | None = None
-    """Text and end of an agent's last answer."""
+    """Text and finish reason of an agent's last answer."""
 
     def sample(self, prompt_ids: tuple[int, ...]) -> Sample:
         ordered = sorted(self.conversations, key=lambda conversation: conversation.prompt_ids != prompt_ids)
@@ -137,17 +137,17 @@ class Episodes:
     stop_token_ids: Sequence[int]
     turn: Turn
     version: Callable[[], int]
-    """Of the policy now."""
+    """Returns the policy's current version."""
     endpoint: Server | None = None
-    """Where agents call the policy, if the environment is one."""
+    """Where agents call the policy, if the environment is an agent."""
     rows: int = sys.maxsize
-    """Tokens that all rows of an episode may have together."""
+    """Number of tokens that all rows of an episode may have together."""
 
     async def group(self, request: GroupRequest) -> Group:
-        """Play all samples of a group, side by side. Its prompt is what the environment began with.
+        """Play all samples of a group concurrently. Its prompt is the environment's opening.
 
-        An episode whose environment breaks begins again, with the same seeds, and after `environment.retries` is a
-        sample that says so.
+        An episode whose environment breaks begins again with the same seeds; after `environment.retries` it becomes a
+        sample marked as failed.
         """
         playing = _Playing(request)
         tasks = [asyncio.create_task(self._sample(playing, index)) for index in range(request.responses)]
@@ -183,7 +183,7 @@ class Episodes:
             return played
 
     async def _play(self, playing: _Playing, played: _Played, key: str, clock: _Clock) -> Episode:
-        """How it ended. `played` gets its conversations, which stay there if the environment breaks."""
+        """Play an episode and return how it ended. `played` gets its conversations, also if the environment breaks."""
         request, options, renderer = playing.request, self.options, self.renderer
         of_environment = sample_seed(request.seed, request.id, "environment")
         messages = await clock.of_environment(self.host.open(key, _task(request.prompt), of_environment))
@@ -224,8 +224,8 @@ class Episodes:
     def _rerendered(
         self, request: GroupRequest, played: _Played, sampled: list[int], heard: list[Message], said: list[Message]
     ) -> bool:
-        """Go on behind all that was `heard`, with the turn and what is `said` to it: in a conversation of its own where
-        the template has changed what was before. False: not one token would be left."""
+        """Continue after all that was `heard` with the turn and the answer `said` to it, in a new conversation if the
+        template has changed earlier text. Returns False if not one token would be left."""
         heard += [self.renderer.spoken(sampled), *said]
         conversation, limits = played.conversations[-1], self._limits(request)
         try:
@@ -247,7 +247,7 @@ class Episodes:
     async def _run_agent(
         self, endpoint: Server, request: GroupRequest, played: _Played, key: str, clock: _Clock
     ) -> Episode:
-        """As `_play`, where the environment calls the policy."""
+        """Like `_play`, but the environment calls the policy."""
         numbers = itertools.count()
 
         async def sample(prompt: list[int], again: int, most: int) -> Response:
@@ -278,7 +278,7 @@ class Episodes:
         return Episode(session.spent or "done", success=step.success, metrics=dict(step.metrics))
 
     def _begin(self, playing: _Playing, messages: tuple[Message, ...], token_ids: Sequence[int]) -> Conversation:
-        """Raises EpisodeFailedError."""
+        """Begin a conversation. Raises EpisodeFailedError."""
         if len(token_ids) > self.rollout.max_prompt_tokens:
             most = self.rollout.max_prompt_tokens
             details = f"the opening has {len(token_ids)} tokens, more than rollout.max_prompt_tokens={most}"
@@ -288,10 +288,10 @@ class Episodes:
 
     def _limits(self, request: GroupRequest) -> Limits:
         most, prompt = request.max_response_tokens or self.rollout.max_response_tokens, self.rollout.max_prompt_tokens
-        return Limits(prompt, most, max(self.rows, prompt + most))  # an evaluation's may be longer: nobody learns them
+        return Limits(prompt, most, max(self.rows, prompt + most))  # evaluations may be longer: not trained on
 
     def _left(self, request: GroupRequest, played: _Played) -> int:
-        """Tokens that the rows of an episode may still grow by."""
+        """Return the number of tokens by which the rows of an episode may still grow."""
         return self._limits(request).rows - sum(map(len, played.conversations))
 
     def _request(self, request: GroupRequest, played: _Played, key: str, turn: int) -> Request:
@@ -312,7 +312,7 @@ class Episodes:
         return self.rollout.temperature if request.temperature is None else request.temperature
 
     def _nothing(self, played: _Played) -> Sample:
-        """Of an episode that broke before anything was sampled: a token that is not trained."""
+        """Return a sample for an episode that broke before anything was sampled: one token that is not trained on."""
         version = self.version()
         return Sample(
             index=played.index,
@@ -333,5 +333,5 @@ def _task(prompt: Prompt) -> Task:
 
 def _observation(step: Step) -> list[Message]:
     said = step.observation
-    assert isinstance(said, tuple)  # as hosts return it
+    assert isinstance(said, tuple)  # hosts return it so
     return list(said)

@@ -1,4 +1,4 @@
-"""Which rollout worker may sample: a pure state machine per worker. No Ray, no clock."""
+"""Decides which rollout workers may sample, by a pure state machine per worker. No Ray, no clock."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from enum import Enum
 
 class State(Enum):
     STARTING = "starting"
-    """Loading its engine; it has no weights of the run yet."""
+    """Loading its engine; it does not have the run's weights yet."""
     READY = "ready"
     """It holds confirmed weights."""
     DEAD = "dead"
-    """Gone or unusable; it may be replaced."""
+    """Dead or unusable; it may be replaced."""
     GIVEN_UP = "given up"
-    """Lost more often than allowed."""
+    """Died more often than allowed."""
 
 
 class NotInThisStateError(RuntimeError):
-    """An event that cannot happen in this state: a defect of the pool."""
+    """Raised for an event that cannot happen in this state: a bug in the pool."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """Immutable: every event gives the next state."""
+    """Immutable: every event returns the next state."""
 
     max_restarts: int
     state: State = State.STARTING
     version: int | None = None
-    """Of the confirmed weights."""
+    """Version of the confirmed weights."""
     restarts: int = 0
 
     def confirmed(self, version: int) -> Health:
@@ -36,7 +36,7 @@ class Health:
         return replace(self, state=State.READY, version=version)
 
     def died(self) -> Health:
-        """Its process is gone, or could not confirm its weights. Idempotent."""
+        """Its process died, or could not confirm its weights. Idempotent."""
         if self.state in (State.DEAD, State.GIVEN_UP):
             return self
         state = State.DEAD if self.restarts < self.max_restarts else State.GIVEN_UP

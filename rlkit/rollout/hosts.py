@@ -1,4 +1,4 @@
-"""Where environments run, seen from an episode: open, step, close; whatever goes wrong is one kind of error."""
+"""Where environments run, as seen from an episode: open, step, close; whatever goes wrong is one kind of error."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class EpisodeFailedError(Exception):
-    """The environment of an episode broke, which is not the policy's doing."""
+    """Raised when an episode's environment broke, which is not the policy's fault."""
 
     def __init__(self, kind: str, details: str, again: bool = True, innocent: bool = False) -> None:
-        """`kind`: a short class (`timeout`, `died`, `exception`, ...). `again`: another try may help. `innocent`:
-        another episode was the cause, so that a new try costs none of `environment.retries`."""
+        """`kind`: a short class (`timeout`, `died`, `exception`, ...). `again`: a retry may help. `innocent`: another
+        episode was the cause, so a retry does not count towards `environment.retries`."""
         super().__init__(kind, details, again, innocent)
         self.kind, self.details, self.again, self.innocent = kind, details, again, innocent
 
@@ -49,23 +49,23 @@ class Host(Protocol):
     EpisodeFailedError, or ToolsChangedError."""
 
     tools: tuple[Tool, ...]
-    """Once it has started."""
+    """Known once it has started."""
 
     async def start(self) -> None:
-        """Raises UserError, or what `prepare` raises."""
+        """Prepare the environments. Raises UserError, or what `prepare` raises."""
 
     async def open(self, key: str, task: Task, seed: int) -> tuple[Message, ...]:
-        """Make an environment under a new `key` and reset it; return the conversation that it begins with."""
+        """Create an environment under a new `key` and reset it; return the conversation that it begins with."""
 
     async def step(self, key: str, action: Action | Endpoint) -> Step:
-        """The environment's answer, whose observation is a tuple of messages. An agent gets an Endpoint, and runs."""
+        """Return the environment's answer, its observation a tuple of messages. An agent gets an Endpoint, and runs."""
 
     async def close(self, key: str) -> None:
-        """Also after a failure, and where nothing is open. Raises nothing."""
+        """Close an environment, even after a failure or if nothing is open. Raises nothing."""
 
 
 class InlineHost:
-    """In the caller's event loop: for environments that take microseconds, or await."""
+    """Runs environments in the caller's event loop: for those that take microseconds, or await."""
 
     def __init__(self, cls: type[Environment], config: EnvironmentConfig) -> None:
         self.cls, self.config = cls, config
@@ -93,14 +93,14 @@ class InlineHost:
         return await self._guarded(step)
 
     async def _in_time(self, answer: Any) -> Any:
-        """The deadline holds only for what awaits."""
+        """Await an answer until the deadline, which holds only for what awaits."""
         if not inspect.isawaitable(answer):
             return answer
         try:
             async with asyncio.timeout(self.config.step_timeout_seconds) as limit:
                 return await answer
         except TimeoutError as error:
-            if not limit.expired():  # the environment's own
+            if not limit.expired():  # the environment's own timeout
                 raise
             details = f"no answer within environment.step_timeout_seconds={self.config.step_timeout_seconds:g}"
             raise EpisodeFailedError("timeout", details) from error
@@ -127,8 +127,8 @@ class InlineHost:
 
 
 def checked_step(step: Any) -> Step:
-    """With plain numbers and messages. Raises EpisodeFailedError for what is no Step, or has numbers that are not
-    finite."""
+    """Return the step with plain numbers and messages. Raises EpisodeFailedError for anything that is not a Step, or
+    has numbers that are not finite."""
     if not isinstance(step, Step):
         raise EpisodeFailedError("wrong_type", f"step() returned {_described(step)}, not a Step", again=False)
     numbers = {"reward": step.reward, **step.metrics}
@@ -150,7 +150,8 @@ def checked_step(step: Any) -> Step:
 
 
 def _checked(said: Any, method: str) -> tuple[Message, ...]:
-    """Of a text, a message, messages, or None. Halves of characters, which no tokenizer takes, become `?`."""
+    """Return the messages of a text, a message, messages, or None. Half characters, which no tokenizer accepts, become
+    `?`."""
     parts = said if isinstance(said, list | tuple) else [said]
     plain = said is None or isinstance(said, str)
     wrong = [part for part in parts if not plain and not isinstance(part, Message)]

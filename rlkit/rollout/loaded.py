@@ -1,6 +1,6 @@
-"""What a vLLM engine's own parameters say about weights that were loaded: which were written, and a sum of their bits.
+"""Check loaded weights against a vLLM engine's own parameters: which were written, and the sum of their bits.
 
-vLLM 0.32 reports a layer that got no weights, or too few, as a line in its log, and keeps the old layer.
+vLLM 0.32 reports a layer that got no weights, or too few, only as a line in its log, and keeps the old layer.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class LoadedWeights:
     """Stands in for a model while weights arrive, and reports on them."""
 
     def __init__(self, model: Any, loader: Any = None) -> None:
-        """`loader`: what loads them, if not the model."""
+        """`loader`: the object that loads the weights, if not the model."""
         self.model, self.loader = model, loader or model
         self.dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         parameters = dict(model.named_parameters())
         self.readable = {name for name, parameter in parameters.items() if parameter.numel()}
-        """On CPUs vLLM repacks linear layers and empties their parameters."""
+        """Parameters that are not empty: on CPUs vLLM repacks linear layers and empties their parameters."""
         self.all_readable = len(self.readable) == len(parameters)
         self.arrived: dict[str, Tensor] = {}
         """Name -> sum of bits, in the engine's precision."""
         self.unwritten: tuple[str, ...] = ()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """May be called several times."""
+        """Load weights; may be called several times."""
         return self.loader.load_weights(self._counted(weights))
 
     def _counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -48,26 +48,26 @@ class LoadedWeights:
             yield name, tensor
 
     def complete(self) -> None:
-        """All have come. Call before vLLM's `finalize_layerwise_reload`, which forgets what was missing."""
+        """Note that all have arrived. Call before `finalize_layerwise_reload`, which forgets what was missing."""
         self.unwritten = tuple(unwritten_layers(self.model))
 
     def report(self) -> Loaded:
-        """Call after `finalize_layerwise_reload`. Waits for the device."""
+        """Return the report. Call after `finalize_layerwise_reload`. Waits for the device."""
         held = {name: sum_of_bits(p) for name, p in self.model.named_parameters() if name in self.readable}
         return Loaded(self.unwritten, _total(self.arrived), _total(held))
 
 
 def unwritten_layers(model: Any) -> list[str]:
-    """Layers whose parameters the weights since `initialize_layerwise_reload` have not written in full.
+    """Return layers whose parameters the weights since `initialize_layerwise_reload` have not written in full.
 
-    Not among them: a head that shares a written embedding's parameter, padding of the vocabulary, and what no
-    checkpoint holds, such as the tables of rotary embeddings.
+    Excludes a head that shares a written embedding's parameter, padding of the vocabulary, and what no checkpoint
+    contains, such as the tables of rotary embeddings.
     """
     written: set[int] = set()
     short = []
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if not info.can_load():  # it was complete, and is in place already
+        if not info.can_load():  # complete, and already in place
             written.update(id(parameter) for parameter in _parameters(layer).values())
             continue
         parameters = {} if info.kernel_tensors is None else info.kernel_tensors[0]
@@ -92,8 +92,8 @@ def _loadable(layer: Any, parameter: Tensor) -> int:
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """[] int64: the elements' bit patterns as integers, added; the same modulo 2^32 however they are split, joined,
-    ordered or padded with zeros."""
+    """Return [] int64, the sum of the elements' bit patterns as integers: the same modulo 2^32 however they are split,
+    joined, ordered or padded with zeros."""
     elements = tensor.detach().contiguous().view(-1)
     integers = elements.view(_INTEGERS[elements.element_size()])
     # Widening four bytes to eight would take a CPU 20 times as long as the sum.
@@ -110,6 +110,6 @@ class _Silence(logging.Filter):
 
 
 def silence_vllm() -> None:
-    """Drop its lines on layers without weights, which come in every healthy run: `unwritten_layers` knows better."""
+    """Drop vLLM's log lines on layers without weights, which every healthy run has: `unwritten_layers` knows better."""
     for name in NOISY_LOGGERS:
         logging.getLogger(f"vllm.model_executor.model_loader.reload.{name}").addFilter(_Silence())

@@ -28,7 +28,7 @@ SHOWN_GROUPS = 3
 
 
 class RolloutFailedError(UserError):
-    """Rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
+    """Raised if rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
 
 
 Fetch = Callable[[], Awaitable[Published]]
@@ -47,7 +47,7 @@ class RolloutPool:
         self._repairs = [asyncio.Lock() for _ in self.workers]
         self._loads = Loads(len(self.workers), config.rollout.max_concurrent_samples, self._has_finished)
         self._published: Published | None = None
-        self._loading: dict[int, tuple[Any, Any]] = {}  # who loads weights not yet announced, and the coming receipt
+        self._loading: dict[int, tuple[Any, Any]] = {}  # worker loading unannounced weights, its future receipt
         self.fetch: Fetch | None = None  # weights for a replacement when they were published without a bundle
 
     def _make(self, index: int) -> Any:
@@ -58,7 +58,7 @@ class RolloutPool:
         config = self.config
         gpus, place = gpu_shares(config).engine, dict(self._place(index))
         environment = engine_environment(config.cluster.device, config.cluster.threads_per_actor)
-        if own := place.pop("runtime_env", {}).get("env_vars"):  # an engine over several GPUs that it shares
+        if own := place.pop("runtime_env", {}).get("env_vars"):  # an engine on several shared GPUs
             environment |= {**own, **shared_gpus_environment(gpus)}
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
         return kind.options(runtime_env={"env_vars": environment}, **place).remote(
@@ -80,7 +80,7 @@ class RolloutPool:
     async def start(self) -> None:
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):
-            # The learner loads next; weights are published before anything is sampled.
+            # The learner loads next, and weights are published before anything is sampled.
             await self.sleep(sleep_level(self.config))
 
     async def _start(self, index: int, worker: Any) -> None:
@@ -88,13 +88,13 @@ class RolloutPool:
             await worker.start.remote()
 
     def _waiting(self, index: int, what: str | Callable[[], str], key: str) -> AbstractAsyncContextManager[None]:
-        """`key`: the deadline, a field of the trainer's configuration."""
+        """Return a context manager with the deadline `key`, a field of the trainer's configuration."""
         who = f"rollout worker {index}"
         text = f"{who} {what}" if isinstance(what, str) else lambda: f"{who} {what()}"
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def places(self, responses: int) -> int:
-        """How many more groups of so many responses fill the engines; waits until one has a free place."""
+        """Return how many more groups of `responses` responses fill the engines; wait until one has a free slot."""
         return await self._loads.free(responses)
 
     async def _has_finished(self, index: int, at_least: int) -> int | None:
@@ -102,14 +102,14 @@ class RolloutPool:
 
         try:
             return int(await self.workers[index].has_finished.remote(at_least))
-        except RayError:  # who samples there hears of it, too
+        except RayError:  # whoever samples on that worker gets the error, too
             return None
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """Deal requests out at once, and yield references to lists of groups as they finish, from all workers.
+        """Assign requests to workers at once, and yield references to lists of groups as they finish, from all workers.
 
         A replacement samples again, with the same seeds, what a dead worker had not handed over. Raises
-        RolloutFailedError when workers die too often.
+        RolloutFailedError if workers die too often.
         """
         return self._stream(self._loads.deal(requests))
 
@@ -168,7 +168,7 @@ class RolloutPool:
                             finished.put_nowait(groups)
                             groups = None
                         if groups is not None:
-                            await groups  # not groups, then, but the error that ended the stream
+                            await groups  # then not groups but the error that ended the stream
                 except RayActorError as error:
                     await self._replace(index, worker, error)
         finally:
@@ -176,15 +176,15 @@ class RolloutPool:
             await self._loads.tell()
 
     def load(self, bundle: Any, canary: Canary) -> None:
-        """Let workers load weights from Ray's object store when they are there; announce them, then `confirm` them."""
+        """Let workers load weights from Ray's object store once they arrive; then `announce` and `confirm` them."""
         self._loading = {i: (w, w.load_weights.remote(bundle, canary)) for i, w in enumerate(self.workers)}
 
     def announce(self, published: Published) -> None:
-        """From here on workers, and replacements of dead ones, must hold these weights."""
+        """Require these weights of all workers from now on, and of replacements for dead ones."""
         self._published = published
 
     async def prepare(self, published: Published) -> dict[int, Any]:
-        """Announce weights. Returns the workers, by index, that are ready for them; dead ones are left to `confirm`."""
+        """Announce weights. Returns the workers, by index, that are ready for them; `confirm` deals with dead ones."""
         self.announce(published)
         return await self._call_alive(dict(enumerate(self.workers)), "prepare")
 
@@ -196,7 +196,7 @@ class RolloutPool:
     async def arrival(self, ready: Mapping[int, Any]) -> None:
         """Return when the learner's transfer has reached all ready workers.
 
-        Raises WeightsNotLoadedError if one dies or fails meanwhile: the others would wait for ever.
+        Raises WeightsNotLoadedError if one dies or fails meanwhile: the others would wait forever.
         """
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -216,8 +216,8 @@ class RolloutPool:
     async def confirm(self, received: Mapping[int, Any], checksum: str | None = None) -> Agreement:
         """Check every worker's receipt for the announced weights; return the weakest agreement with the learner.
 
-        Dead or failing workers are replaced. Raises WeightsNotLoadedError at once if all fail (the workers are not the
-        cause), or when `rollout.max_restarts` are used up. `checksum`: the learner's, for a direct transfer.
+        Dead or failing workers are replaced. Raises WeightsNotLoadedError at once if all fail (then the workers are not
+        the cause), or when `rollout.max_restarts` is used up. `checksum`: the learner's, for a direct transfer.
         """
         published, workers = self._published, list(self.workers)
         assert published is not None
@@ -233,7 +233,7 @@ class RolloutPool:
         return Agreement.weakest(await asyncio.gather(*agreements))
 
     def times(self) -> dict[str, float]:
-        """Of the engines, for the weights that were confirmed last; nothing if all have been replaced since."""
+        """Return the engines' times for the weights confirmed last; empty if all workers have been replaced since."""
         receipts = [proof.last for proof in self._proofs if proof.last is not None]
         if not receipts:
             return {}
@@ -249,7 +249,7 @@ class RolloutPool:
         await self._call_alive(dict(enumerate(self.workers)), "wake")
 
     async def _call_alive(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
-        """Call a method; return the workers that answered. `confirm` replaces the dead."""
+        """Call a method; return the workers that answered. `confirm` replaces dead ones."""
         from ray.exceptions import RayActorError
 
         async def one(index: int, worker: Any) -> bool:
@@ -266,7 +266,7 @@ class RolloutPool:
     async def _confirm_one(
         self, index: int, worker: Any, published: Published, receiver: Any | None = None, checksum: str | None = None
     ) -> Agreement | Exception:
-        """A worker's agreement, or why it cannot be used. Workers other than `receiver` load a bundle first."""
+        """Return a worker's agreement, or why it cannot be used. Workers other than `receiver` load a bundle first."""
         from ray.exceptions import RayActorError
 
         proof = self._proofs[index]
@@ -282,12 +282,12 @@ class RolloutPool:
     async def _replace_until_confirmed(
         self, index: int, published: Published, worker: Any, outcome: Agreement | Exception
     ) -> Agreement:
-        """The agreement of a worker, or of its first usable replacement."""
+        """Return the agreement of a worker, or of its first usable replacement."""
         while isinstance(outcome, Exception):
             await self._replace(index, worker, outcome)
             if self.health[index].may_sample(published.version):
                 return Agreement(0.0)
-            worker = self.workers[index]  # it was replaced while these weights were published
+            worker = self.workers[index]  # replaced while these weights were being published
             outcome = await self._confirm_one(index, worker, published)
         return outcome
 
@@ -311,24 +311,24 @@ class RolloutPool:
         proof: Proof,
         checksum: str | None = None,
     ) -> Agreement:
-        """`proof`: of the process that was asked. Raises WeightsNotLoadedError if it is not this worker's any more."""
+        """Check a receipt and admit its worker. Raises WeightsNotLoadedError if `proof` is a former process's."""
         who = f"rollout worker {index}"
         agreement = proof.accept(who, published, receipt, checksum, canary_tolerance(self.config))
         if proof is not self._proofs[index]:
             raise WeightsNotLoadedError(f"{who} died when it had confirmed version {published.version}")
-        worker.admit.remote()  # who is asked to sample waits for it
+        worker.admit.remote()  # the worker hands nothing over before
         self.health[index] = self.health[index].confirmed(published.version)
         return agreement
 
     async def _replace(self, index: int, failed: Any, cause: Exception) -> None:
         """Replace a dead or untrusted worker and give the new process the current weights. Only the first caller acts.
 
-        Raises RolloutFailedError if the new process is not ready in time, or after `rollout.max_restarts`
-        replacements; then WeightsNotLoadedError if the last one could not confirm its weights.
+        Raises RolloutFailedError if the new process is not ready in time, or after `rollout.max_restarts` replacements
+        (WeightsNotLoadedError if the last one could not confirm its weights).
         """
         from ray.exceptions import RayActorError, RayTaskError
 
-        async with self._repairs[index]:  # held for as long as `rollout.max_restarts` starts may take
+        async with self._repairs[index]:  # held for as long as all `rollout.max_restarts` starts may take
             worker = failed
             while self.workers[index] is failed:
                 self.health[index] = self.health[index].died()
@@ -336,7 +336,7 @@ class RolloutPool:
                     raise self._out_of_restarts(index, cause) from cause
                 lost = f"rollout worker {index} {_end_of(cause)}"
                 log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _cause_of(cause))
-                self._end(worker)  # it may only be out of reach, and would hold its GPU
+                self._end(worker)  # it may merely be unreachable, and would keep its GPU
                 worker = self._make(index)
                 self._proofs[index] = Proof()
                 self.health[index] = self.health[index].restarted()
@@ -357,7 +357,7 @@ class RolloutPool:
 
     async def _bring_up_to_date(self, index: int, worker: Any) -> None:
         current: Published | None = None
-        while self._published is not current:  # they may change meanwhile
+        while self._published is not current:  # a new version may be published meanwhile
             current = self._published
             assert current is not None
             await self._load_and_admit(index, worker, current, self._proofs[index])
@@ -383,7 +383,7 @@ def _end_of(error: Exception) -> str:
 
 
 def _cause_of(error: Exception) -> str:
-    """First line of the cause; for an error inside an actor, its own message instead of Ray's report."""
+    """Return the first line of the cause; for an error inside an actor, its own message instead of Ray's report."""
     from ray.exceptions import RayTaskError
 
     own = error.cause if isinstance(error, RayTaskError) else error

@@ -1,6 +1,6 @@
-"""The receiving end of new weights, inside vLLM's own workers: vLLM's loading, plus a checksum and a report.
+"""The receiving end of weight transfers, inside vLLM's own workers: vLLM's loading, plus a checksum and a report.
 
-vLLM imports this module in its workers (`worker_extension_cls`), which registers the engines under the names below.
+vLLM imports this module in its workers (`worker_extension_cls`); that registers the engines under the names below.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from rlkit.weights.publication import Loaded
 
 EXTENSION = "rlkit.rollout.receiver.Receiver"
 BACKENDS = {"gloo": "rlkit_gloo", "nccl": "rlkit_nccl", "ipc": "rlkit_ipc"}
-"""Name of a way in the configuration -> name of its engine in vLLM."""
+"""Name of a route in the configuration -> name of its engine in vLLM."""
 
 
 class _Tap(LoadedWeights):
-    """With a checksum of what came."""
+    """LoadedWeights with a checksum of what arrived."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -45,7 +45,7 @@ class _Tap(LoadedWeights):
 
 
 class _Counting:
-    """Mixin for an engine of vLLM: `tap` is of all tensors since the last `start_weight_update`."""
+    """Mixin for a vLLM transfer engine: `tap` covers all tensors since the last `start_weight_update`."""
 
     model: Any
     tap: _Tap
@@ -74,7 +74,7 @@ class CountingIPC(_Counting, IPCWeightTransferEngine): ...
 
 
 class Gloo(NCCLWeightTransferEngine):
-    """The same protocol as NCCL's between processes on CPUs, which vLLM 0.32 lacks: broadcasts of buckets over gloo."""
+    """NCCL's protocol between processes on CPUs, which vLLM 0.32 lacks: broadcasts of buckets over gloo."""
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
@@ -109,14 +109,14 @@ class CountingGloo(_Counting, Gloo): ...
 
 
 class Receiver:
-    """Methods that vLLM's workers get besides their own."""
+    """Methods that are added to vLLM's workers."""
 
     weight_transfer_engine: Any
     arrivals: LoadedWeights | Loaded | None = None
-    """Not reported yet."""
+    """What was loaded but not reported yet."""
     shortcut: Shortcut | None = None
     first = True
-    """Whether nothing was loaded yet: then a shortcut is looked for."""
+    """Whether nothing has been loaded yet; the first load looks for a shortcut."""
 
     def load_bundle(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         """Replace the weights."""
@@ -132,7 +132,7 @@ class Receiver:
         self.first = False
 
     def _reload(self, weights: Sequence[tuple[str, Tensor]]) -> LoadedWeights:
-        """As vLLM does."""
+        """Reload weights as vLLM does."""
         worker: Any = self
         model = worker.get_model()
         arrivals = LoadedWeights(model)
@@ -148,17 +148,17 @@ class Receiver:
         return arrivals
 
     def adapter_came(self, arrived: int) -> None:
-        """vLLM has loaded an adapter. `arrived`: the sum of its bits."""
+        """Report on an adapter that vLLM has loaded. `arrived`: the sum of its bits."""
         worker: Any = self
         self.arrivals = adapter_report(worker.model_runner.lora_manager._adapter_manager, arrived)
 
     def loaded_report(self) -> Loaded | None:
-        """On what was loaded since the last report; None if nothing was."""
+        """Return a report on what was loaded since the last report; None if nothing was."""
         arrivals, self.arrivals = self.arrivals, None
         return arrivals.report() if isinstance(arrivals, LoadedWeights) else arrivals
 
     def received_checksum(self) -> str:
-        """Of the weights that the last update brought."""
+        """Return the checksum of the last update's weights."""
         self.arrivals = self.weight_transfer_engine.tap
         checksum: str = self.weight_transfer_engine.tap.digest.hexdigest()
         return checksum

@@ -1,4 +1,4 @@
-"""An episode's conversation as token ids: the first prompt, the bridge from one turn to the next, calls read back."""
+"""An episode's conversation as token ids: the first prompt, the bridge from each turn to the next, parsed calls."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _Said = tuple[tuple[str, str, str, str], ...]
 
 
 class RenderingError(UserError):
-    """The chat template cannot render this conversation, or not behind the tokens that are there."""
+    """Raised if the chat template cannot render a conversation, or not as a continuation of the tokens so far."""
 
 
 class Bridge(NamedTuple):
-    """What lies between a turn and the next: `drop` sampled tokens are replaced by `ids`."""
+    """What is between one turn and the next: `drop` sampled tokens are replaced by `ids`."""
 
     drop: int
     ids: list[int]
@@ -40,9 +40,9 @@ class Bridge(NamedTuple):
 def continuation(
     ids: Sequence[int], turn: Sequence[int], prompt: Sequence[int], ends: Container[int] | None
 ) -> Bridge | None:
-    """How a prompt goes on behind `ids`, of which the last `turn` was sampled; None: it does not begin with them.
+    """Return how a prompt continues `ids`, which end with the sampled `turn`; None if it does not begin with them.
 
-    What ended the turn may be replaced by one of `ends` (None: by anything).
+    The token that ended the turn may be replaced by one of `ends` (None: by any token).
     """
     if list(prompt[: len(ids)]) == list(ids):
         return Bridge(0, list(prompt[len(ids) :]))
@@ -60,25 +60,25 @@ class Renderer:
         calls: str = "auto",
         history: Literal["append", "rerender"] = "append",
     ) -> None:
-        """`calls`: how the policy writes calls of the tools; `history`: as in the environment's configuration."""
+        """`calls`: how the policy writes tool calls; `history`: as in the environment's configuration."""
         self.template, self.tools, self.history = template, tuple(tools), history
         self._schemas = [tool.schema() for tool in tools]
         self._calls = calls
         self._stops = {stop: template.tokenizer.decode([stop]) for stop in sorted(stop_token_ids)}
-        # Games say the same few things over and over.
+        # Games repeat the same few observations.
         self._after = lru_cache(maxsize=1024)(self._ids_after)
         self._length = lru_cache(maxsize=1024)(self._token_count)
 
     def whole(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of a turn behind these. Raises RenderingError."""
+        """Return the prompt of a turn after these messages. Raises RenderingError."""
         if any(message.role == "system" for message in messages):
             self._check("system")
         return self.template.token_ids([self._text(messages)])[0]
 
     def bridge(self, token_ids: Sequence[int], messages: Sequence[Message]) -> Bridge:
-        """From a turn's sampled tokens, through all that the environment answers, to where the next turn begins.
+        """Return the bridge from a turn's sampled tokens, through the environment's whole answer, to the next turn.
 
-        It closes a turn that was cut. Raises RenderingError.
+        It closes a truncated turn. Raises RenderingError.
         """
         for role in {"tool" if message.role == "tool" else "user" for message in messages}:
             self._check(role)
@@ -86,23 +86,23 @@ class Renderer:
         last = token_ids[-1] if len(token_ids) else None
         if last == end:
             return Bridge(0, after)
-        # Another stop token than the template ends a turn with, or than the next role begins with, is replaced. (Not
-        # where a turn is nothing else: each has something to train on.)
+        # A stop token other than that with which the template ends a turn, or begins the next role, is replaced. (Not
+        # if the turn has no other token: each must have something to train on.)
         return Bridge(int(last in self._stops and len(token_ids) > 1), [end, *after])
 
     def behind(self, ids: Sequence[int], turn: Sequence[int], prompt: Sequence[int]) -> Bridge | None:
-        """How a rendered conversation goes on behind `ids`, of which the last `turn` was sampled; None: otherwise."""
+        """Return how a rendered conversation continues `ids`, which end with the sampled `turn`, or None."""
         return continuation(ids, turn, prompt, self._stops if turn[-1] in self._stops else ())
 
     def spoken(self, token_ids: Sequence[int]) -> Message:
-        """A turn as others read it: one with calls that cannot be read is a text."""
+        """Return a turn as others read it; if its calls cannot be parsed, it is plain text."""
         text, calls = self.parse(token_ids)
         if any(call.error for call in calls):
             text, calls = str(self.template.tokenizer.decode(token_ids, skip_special_tokens=True)), ()
         return Message("assistant", text, calls=calls)
 
     def parse(self, token_ids: Sequence[int]) -> tuple[str, tuple[ToolCall, ...]]:
-        """A turn's text without calls and special tokens, and its calls. Thinking calls nothing."""
+        """Return a turn's text without calls and special tokens, and its calls. Calls inside thinking do not count."""
         ids = [int(token) for token in token_ids]
         tokenizer = self.template.tokenizer
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -123,7 +123,7 @@ class Renderer:
         return thinking + mark + rest, calls
 
     def shortened(self, message: Message, limit: int) -> Message:
-        """Its content in at most `limit` tokens: of a longer one the middle is cut out."""
+        """Return the message with at most `limit` tokens of content: the middle of a longer one is cut out."""
         content, most = message.content, 8 * limit  # characters: a program may print megabytes
         if len(content) <= 2 * most and self._length(content) <= limit:
             return message
@@ -141,7 +141,7 @@ class Renderer:
             keep = max(keep - excess, 0)
 
     def problems(self) -> list[str]:
-        """Why episodes cannot be played with this template, with the remedy."""
+        """Return why episodes cannot be played with this template, with the remedy."""
         problems = [self._message(role) for role in (["tool"] if self.tools else ["user"]) if role in self.breaks]
         if self.tools and not problems and self.reader is None:
             how = f"as {self._written_call!r}, which no known format reads" if self._written_call else "in no way"
@@ -153,7 +153,7 @@ class Renderer:
         return problems
 
     def cautions(self) -> list[str]:
-        """What the environment must not do with this template; an episode that does ends the run."""
+        """Return what the environment must not do with this template; an episode that does it ends the run."""
         roles = [role for role in self.breaks if role != ("tool" if self.tools else "user")]
         cautions = [self._message(role) for role in roles]
         if self.tools and self.tools[0].name not in self._text([_ASKS]):
@@ -171,7 +171,7 @@ class Renderer:
 
     @cached_property
     def breaks(self) -> dict[str, str]:
-        """By role why the conversation cannot go on behind its tokens, if it has to, or at all."""
+        """By role, why a conversation cannot continue: after its tokens (`history=append`), or at all."""
         if self.history == "rerender":
             roles = ["tool", "user"] if self.tools else ["user"]
             return {role: why for role in roles if (why := self._unreadable(role)) is not None}
@@ -192,8 +192,8 @@ class Renderer:
         return breaks
 
     def _why(self, roles: Sequence[str], thinks: bool = False, system: bool = False) -> str | None:
-        """What goes wrong in a conversation where these answer the policy: what the template renders is not what the
-        bridges make."""
+        """Return what goes wrong in a conversation in which these roles answer the policy: how the template's rendering
+        differs from what the bridges produce. None if nothing does."""
         chat = [*([Message("system", "Be brief.")] if system else []), _ASKS]
         try:
             appended = self._text(chat)
@@ -211,7 +211,7 @@ class Renderer:
                     return _difference(bridge, rest[-len(bridge) :])
                 if said[0].content not in bridge:
                     return f"it leaves out what a {role} says"
-                # Some write a call alone, without what was said before it.
+                # Some templates write only the call, without the text before it.
                 if thinks and _ANSWER in answer and "why" not in answer:
                     return "it drops the thinking of earlier turns"
                 if not thinks and role != "tool" and answer.strip() != _ANSWER:
@@ -222,7 +222,7 @@ class Renderer:
         return None
 
     def _unreadable(self, role: str) -> str | None:
-        """Why the policy cannot read what this role answers."""
+        """Return why the policy cannot read this role's answer; None if it can."""
         said = [Message(role, "reply 0", *self._names(0, role))]
         answer = self._called(said) if role == "tool" else Message("assistant", _ANSWER)
         try:
@@ -233,7 +233,7 @@ class Renderer:
 
     @cached_property
     def reader(self) -> CallFormat | None:
-        """None: nothing calls, or the template's way of writing calls is not known."""
+        """The reader of calls; None: there are no tools, or the template writes calls in an unknown format."""
         if not self.tools:
             return None
         tokenizer = self.template.tokenizer
@@ -250,7 +250,7 @@ class Renderer:
 
     @cached_property
     def _written_call(self) -> str:
-        """How the template writes a call; nothing if it does not."""
+        """How the template writes a call; empty if it does not write any."""
         said = [Message("tool", "1", *self._names(0, "tool"))]
         try:
             rest = self._rest(self._example, said)
@@ -267,16 +267,16 @@ class Renderer:
         return Message("assistant", "", calls=(ToolCall(tool.name, arguments, _call_id(0)),))
 
     def _names(self, number: int, role: str) -> tuple[str, tuple[ToolCall, ...], str]:
-        """(name, calls, call_id) of a message."""
+        """Return (name, calls, call_id) of a message."""
         return (self.tools[0].name, (), _call_id(number)) if role == "tool" and self.tools else ("", (), "")
 
     def _called(self, results: Sequence[Message]) -> Message:
-        guarded = self.template.guarded  # the policy made up the name, an agent's client the id
+        guarded = self.template.guarded  # the policy may invent names, an agent's client ids
         calls = (ToolCall(guarded(message.name), {}, guarded(message.call_id)) for message in results)
         return Message("assistant", "", calls=tuple(calls))
 
     def _ids_after(self, said: _Said) -> tuple[int, ...]:
-        """The token that ends a turn, and what follows up to the next."""
+        """Return the token that ends a turn, and what follows up to the next turn."""
         messages = [
             Message(role, self.template.guarded(content), name=name, call_id=id) for role, content, name, id in said
         ]
@@ -287,7 +287,7 @@ class Renderer:
         return tuple(ids)
 
     def _text_after(self, messages: Sequence[Message]) -> str:
-        """What the template writes from the end of a turn on. Raises RenderingError."""
+        """Return what the template writes from the end of a turn on. Raises RenderingError."""
         results = [
             replace(
                 message,
@@ -299,7 +299,7 @@ class Renderer:
             for i, message in enumerate(messages)
         ]
         called = self._called([message for message in results if message.role == "tool"])
-        # Some templates write one call at a time, and read answers to more; others know of no calls at all.
+        # Some templates write only one call at a time, but accept answers to several; others do not support calls.
         answers = [Message("assistant", _ANSWER)]
         if called.calls:
             answers = [called, replace(called, calls=called.calls[:1]), *answers]
@@ -312,7 +312,7 @@ class Renderer:
         raise refused
 
     def _rest(self, answer: Message, messages: Sequence[Message]) -> str:
-        """What the template writes from an answer to a question on."""
+        """Return what the template writes from the answer to a question on."""
         asked = self._asked
         whole = self._text([_ASKS, answer, *messages])
         if not whole.startswith(asked):
@@ -346,7 +346,7 @@ _EXAMPLES: Mapping[str | None, Any] = {
 
 
 def _call_id(number: int) -> str:
-    return f"call{number:05d}"  # nine letters and digits: templates of Mistral refuse others
+    return f"call{number:05d}"  # nine letters and digits: Mistral's templates refuse others
 
 
 def _difference(before: str, after: str) -> str:

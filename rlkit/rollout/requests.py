@@ -1,4 +1,4 @@
-"""What rollout workers and their engines are asked for: groups of responses, with seeds that depend on nothing else."""
+"""Requests to rollout workers and their engines: groups of responses, with seeds that depend on nothing else."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class GroupRequest:
     seed: int
     step: int
     oldest: int = 0
-    """Version of the oldest weights that may sample it: workers keep it until they have those."""
+    """Version of the oldest weights that may sample it; workers hold the request until they have these."""
     greedy: bool = False
     """Also sample a greedy response (`Group.greedy`)."""
     temperature: float | None = None
-    """Of the samples; None: the rollout's, 0: greedy."""
+    """Temperature of the samples; None: the rollout's, 0: greedy."""
     max_response_tokens: int | None = None
-    """None: the rollout's."""
+    """None: that of the rollout."""
 
     @property
     def responses(self) -> int:
-        """Responses to generate; the greedy one is the last."""
+        """Number of responses to generate; the greedy one is the last."""
         return self.samples + self.greedy
 
 
@@ -54,27 +54,27 @@ class Request:
 class Response:
     id: str
     token_ids: np.ndarray
-    """[T] int32: whole tokens as sampled, with the stop token, or the token that completes a stop text."""
+    """[T] int32: the tokens as sampled, with the stop token, or the token that completes a stop text."""
     logprobs: np.ndarray
-    """[T] float32, of the distribution that was sampled from: after temperature, penalty, grammar and truncation."""
+    """[T] float32, under the distribution sampled from: after temperature, penalty, grammar and truncation."""
     finish_reason: FinishReason
     cached_prompt_tokens: int
     """Prompt tokens served by the prefix cache."""
     versions: np.ndarray
-    """[T] int32: the version of the weights that gave each token."""
+    """[T] int32: the version of the weights that sampled each token."""
 
 
 def sample_seed(seed: int, group_id: str, index: int | str) -> int:
-    """A seed that depends on nothing else: results do not depend on which worker sampled what.
+    """Return a seed that depends on nothing else, so results do not depend on which worker sampled what.
 
-    `index`: of a sample; `INDEX.TURN` for an episode's turn after the first, `environment` for its environment.
+    `index`: a sample's index; `INDEX.TURN` for an episode's turn after the first; `environment` for its environment.
     """
     digest = hashlib.blake2b(f"{seed}/{group_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def group_of(request: GroupRequest, responses: Mapping[int, Response], tokenizer: Any, config: RolloutConfig) -> Group:
-    """`responses`: by index; all of the request."""
+    """Return the group of a request. `responses`: all of its responses, by index."""
     ordered = [responses[i] for i in range(request.responses)]
     texts = tokenizer.batch_decode([response.token_ids for response in ordered], skip_special_tokens=True)
     samples = tuple(
@@ -96,7 +96,7 @@ def group_of(request: GroupRequest, responses: Mapping[int, Response], tokenizer
 
 def _versions(request: GroupRequest, response: Response, config: RolloutConfig) -> dict[str, Any]:
     if config.source == "model":
-        # A frozen model has no versions: its samples are as old as the step that asks for them.
+        # A frozen model has no versions: its samples count as sampled for the step that requests them.
         return {"policy_versions": (request.step - 1, request.step - 1)}
     first, last = int(response.versions[0]), int(response.versions[-1])
     return {"policy_versions": (first, last), "versions": None if first == last else response.versions}

@@ -33,13 +33,13 @@ class Sampler:
         sleeps: bool = False,
         lora: LoraConfig | None = None,
     ) -> None:
-        """`sleeps` (CUDA): allocate memory so that `sleep` can free it. `lora`: what is loaded later are adapters."""
+        """`sleeps` (CUDA): allocate memory so that `sleep` can free it. `lora`: weights loaded later are adapters."""
         from rlkit.rollout.adapter import EngineAdapter
 
         self.config, self.device = config, device
         self.adapter = None if lora is None else EngineAdapter(lora)
         self._finished: list[Response] = []
-        """While the canary was computed, or the engine settled."""
+        """Responses that finished while the canary was computed, or while the engine settled."""
         self._loads = 0
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
@@ -55,15 +55,15 @@ class Sampler:
         )
         self.engine = make_engine(arguments | adapters, config.engine)
         if config.structured is not None:
-            # Grammars that compile beside the engine join its batch at a moment that differs from run to run, and a
-            # batch's composition shows in the last bits.
+            # Grammars compiled in parallel with the engine would join its batch at a different moment in each run, and
+            # the composition of a batch affects the last bits.
             manager = self.engine.engine_core.engine_core.structured_output_manager
             assert manager._use_async_grammar_compilation
             manager._use_async_grammar_compilation = False
         self.engine.set_weight_version("0")
 
     def add(self, request: Request) -> None:
-        """Raises UserError for a grammar that vLLM cannot follow."""
+        """Add a request. Raises UserError for a grammar that vLLM cannot follow."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -84,7 +84,7 @@ class Sampler:
             stop_token_ids=[*self.stop_token_ids, *self.config.stop_ids],
             structured_outputs=request.grammar and StructuredOutputsParams(**request.grammar),
             output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # made for this request alone; a deep copy takes a third of adding it
+            skip_clone=True,  # used by this request alone; a deep copy takes a third of the time
         )
         try:
             self._request(request.id, request.prompt, parameters)
@@ -94,7 +94,7 @@ class Sampler:
             raise UserError(f"rollout.structured: vLLM cannot follow {dict(request.grammar)}: {error}") from error
 
     def _request(self, request_id: str, prompt: Sequence[int], parameters: Any, salt: str = "") -> None:
-        """With cache_after_update=keep it finds no block of the cache that older weights computed."""
+        """Add a request; with cache_after_update=keep it does not use cache blocks computed by older weights."""
         adapter = None if self.adapter is None else self.adapter.request
         salted = {"cache_salt": f"{salt}{self._loads}"} if self.config.cache_after_update == "keep" else {}
         self.engine.add_request(
@@ -102,13 +102,13 @@ class Sampler:
         )
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Drop those of these requests that have not finished."""
+        """Drop those requests that have not finished."""
         self.engine.abort_request(list(ids))
 
     def step(self) -> list[Response]:
         """Decode one token for every running request; return the responses that finished.
 
-        Raises UserError where vLLM gave one up.
+        Raises UserError if vLLM gave up on one.
         """
         finished, self._finished = self._finished, []
         return [*finished, *(_response(output) for output in self.engine.step() if output.finished)]
@@ -123,21 +123,21 @@ class Sampler:
         return self.device == "cpu" or draws_all_at_once(self.engine)
 
     def settle(self) -> None:
-        """Take in what the engine has begun and not yet returned. Call before weights are touched.
+        """Collect what the engine has begun and not yet returned. Call before changing weights.
 
-        With asynchronous scheduling (vLLM's default on GPUs) a step begins before the last one's tokens are read; they
-        would be counted as the next weights'.
+        With asynchronous scheduling (vLLM's default on GPUs) a step begins before the last step's tokens are read; they
+        would be attributed to the next weights.
         """
         core: Any = self.engine.engine_core.engine_core
         if not core.batch_queue:
             return
-        core.pause_scheduler("keep", clear_cache=False)  # nothing new begins
+        core.pause_scheduler("keep", clear_cache=False)  # begins nothing new
         while core.batch_queue:
             self._finished += [_response(output) for output in self.engine.step() if output.finished]
         core.resume_scheduler()
 
     def load(self, bundle: WeightBundle) -> None:
-        """Replace the weights. Running requests go on with them."""
+        """Replace the weights. Running requests continue with the new ones."""
         if self.adapter is None:
             self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
         else:
@@ -146,17 +146,17 @@ class Sampler:
         self._begin_version(bundle.version)
 
     def receive(self, step: str, version: int, **arguments: Any) -> None:
-        """Call a transfer method of vLLM's workers on each of them. `version`: of the weights that come."""
+        """Call a transfer method on each of vLLM's workers. `version`: that of the weights that arrive."""
         self.engine.collective_rpc(step, kwargs=arguments)
         if step == "finish_weight_update":
             self._begin_version(version)
 
     def received_checksum(self) -> str:
-        """Of the last transfer. Raises RuntimeError if the engine's workers received different weights."""
+        """Return the last transfer's checksum. Raises RuntimeError if the engine's workers received different ones."""
         return the_same(self.engine.collective_rpc("received_checksum"))
 
     def loaded(self) -> Loaded | None:
-        """What was loaded since the last call, on all of the engine's GPUs together; None if one loaded nothing."""
+        """Return what all of the engine's GPUs together loaded since the last call; None if one loaded nothing."""
         reports: list[Loaded | None] = self.engine.collective_rpc("loaded_report")
         if None in reports:
             return None
@@ -165,7 +165,7 @@ class Sampler:
     def sleep(self, level: int) -> None:
         """Free GPU memory; running requests are dropped. Level 1 keeps the weights in host memory; 2 drops them."""
         self.settle()
-        self.abort(list(self.engine.output_processor.external_req_ids))  # what vLLM drops itself would count as busy
+        self.abort(list(self.engine.output_processor.external_req_ids))  # those that vLLM drops would count as busy
         self._finished.clear()
         self.engine.sleep(level)
         self.asleep = {"weights", "kv_cache"}
@@ -176,8 +176,8 @@ class Sampler:
             self.asleep.remove(tag)
 
     def _begin_version(self, version: int) -> None:
-        """Forget what older weights computed: a request that goes on with old keys and values has the log-probs of
-        neither policy. With cache_after_update=keep it does, and new requests do not (`_request`)."""
+        """Drop what older weights computed: a request that continues with old keys and values has the log-probs of
+        neither policy. With cache_after_update=keep running requests do so, but new ones do not (`_request`)."""
         if self.device == "cpu" and self.adapter is None:
             self.engine.apply_model(repack_head)
         self.engine.set_weight_version(str(version))
@@ -188,10 +188,10 @@ class Sampler:
             raise RuntimeError("vLLM refused to reset its prefix cache")
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """Log-probs of all sequences, each without its first token: [sum of (length - 1)].
+        """Return the log-probs of all sequences, each without its first token: [sum of (length - 1)].
 
-        Running requests go on meanwhile; those that finish are returned by the next `step`. None has to end first: the
-        sequences have places of their own, ahead of all that wait.
+        Running requests continue meanwhile; those that finish are returned by the next `step`. None has to end first:
+        the sequences have their own slots, ahead of all waiting requests.
         """
         from vllm import SamplingParams
 

@@ -1,20 +1,20 @@
-"""What an agent that owns its loop says to the policy, recorded token by token.
+"""The calls to the policy from an agent that runs its own loop, recorded token by token.
 
 A session is the policy's side of one episode. Each call samples one turn:
 
-- Its messages are compared with those of the recorded turns. It goes on behind the tokens of the longest conversation
-  that it begins with, by a bridge, so that no sampled text is rendered again; else it is rendered whole, and may still
-  begin with recorded tokens. With `history=rerender` all calls are rendered. A call with token ids has its own.
-- So turns form trees: a call may continue any turn, also one that was continued before (another try, a second agent),
-  or begin anew (an edited or shortened history). At the end each way through a tree that was not gone yet is a row of
-  its own (`conversations`), and every sampled token is in exactly one.
-- Any number of calls may be open. Seeds depend on the sample's seed, the prompt's token ids and how often these came,
-  rows on what was said. Who was faster decides nothing but the order of tries of one prompt, and a budget's last turns.
-- An identical call while the first is still being answered waits for the same answer, and one that says that it is a
-  retry gets the recorded one: a client that lost its connection costs nothing. Sampling goes on without the client.
-- Budgets (`max_turns`, tokens) refuse further calls; how the episode ends then is the policy's doing, with the reward
-  that the agent returns, or 0 if it raises.
-- When the agent has ended the session is sealed: late calls sample nothing.
+- Its messages are compared with those of the recorded turns. It continues the tokens of the longest conversation that
+  it begins with, by a bridge, so that no sampled text is rendered again. Otherwise it is rendered whole, and may still
+  begin with recorded tokens. With `history=rerender` all calls are rendered. A call with token ids keeps its own.
+- So turns form trees: a call may continue any turn, even one that was continued before (another try, a second agent),
+  or start a new tree (an edited or shortened history). At the end each path through a tree not yet covered becomes a
+  row (`conversations`), and every sampled token is in exactly one row.
+- Any number of calls may be open. Seeds depend on the sample's seed, the prompt's token ids and how often these came;
+  rows depend on what was said. Timing affects only the order of tries of one prompt, and the last turns of a budget.
+- An identical call while the first is still being answered waits for the same answer, and one marked as a retry gets
+  the recorded answer: a client that lost its connection costs nothing. Sampling continues without the client.
+- Budgets (`max_turns`, tokens) refuse further calls. The episode's end is then the policy's doing, with the reward that
+  the agent returns, or 0 if it raises.
+- Once the agent has ended, the session is sealed: late calls sample nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rlkit.rollout.requests import Response
 
 
 class RefusedError(Exception):
-    """A call that is not answered."""
+    """Raised for a call that is not answered."""
 
     def __init__(self, message: str, code: str, status: int = 400) -> None:
         super().__init__(message)
@@ -49,30 +49,30 @@ class Answer:
     prompt_ids: list[int]
     response: Response
     message: Message
-    """As the agent reads it. A turn with calls that cannot be read is a text."""
+    """The turn as the agent reads it; if its calls cannot be parsed, it is plain text."""
 
 
 @dataclass(eq=False)
 class _Turn:
-    """A turn that was asked for."""
+    """A turn that was requested."""
 
     prompt: list[int]
     bridge: Bridge
-    """From the turn before, if it continues one."""
+    """From the previous turn, if it continues one."""
     before: _Turn | None
     said: tuple[Message, ...]
     """The whole conversation before it."""
     new: Sequence[Message]
-    """Of these, what answers the turn before."""
+    """Of these, the messages that answer the previous turn."""
     renderer: Renderer
     by_ids: bool
-    """Whether the agent asked with token ids, and may know other messages than `said`."""
+    """Whether the agent called with token ids, and may have other messages than `said`."""
     again: int
-    """Calls with this prompt before it."""
+    """Number of earlier calls with this prompt."""
     limit: int
-    """Up to where its conversation may go, in tokens."""
+    """Length in tokens that its conversation may reach."""
     asked: int
-    """In the order of all questions and answers."""
+    """Its position in the order of all questions and answers."""
     answered: int = 0
     answer: Answer | None = None
 
@@ -92,7 +92,7 @@ class _Turn:
 
     @property
     def place(self) -> tuple[int, list[int], int]:
-        """Among all turns, whenever they came."""
+        """Sort key among all turns, independent of when they came."""
         return len(self.prompt), self.prompt, self.again
 
 
@@ -104,34 +104,34 @@ class Session:
         options: EnvironmentConfig,
         limits: Limits,
     ) -> None:
-        """`sample`: a turn behind this prompt, which came so often before, in at most so many tokens."""
+        """`sample(prompt, again, most)`: a turn of at most `most` tokens after a prompt asked `again` times before."""
         self._sample_turn, self._renderer_of = sample, renderer_of
         self._options, self._limits = options, limits
         self._turns: list[_Turn] = []
         self._room = limits.rows
-        """Tokens left for all rows together; what open calls may still sample is taken off."""
+        """Tokens left for all rows together, less what open calls may still sample."""
         self._calls: dict[bytes, asyncio.Task[Answer]] = {}
         self._clock = itertools.count(1)
         self._sampling: set[asyncio.Task[Answer]] = set()
         self._busy_since = 0.0
         self._sealed = False
         self.policy_seconds = 0.0
-        """In which the policy answered."""
+        """Seconds during which the policy was answering."""
         self.spent: Literal["turns", "tokens"] | None = None
         """The budget that a call was refused for."""
         self.refusal = ""
         """Why the template cannot render a call."""
         self.fault: Exception | None = None
-        """What went wrong that is not the agent's to read."""
+        """An error that is not for the agent to read."""
 
     async def chat(
         self, key: bytes, retried: bool, messages: Sequence[Message], tools: Sequence[Tool], most: int | None
     ) -> Answer:
-        """`key`: equal for equal calls. `most`: tokens. Raises RefusedError."""
+        """Answer a call with messages. `key`: equal for equal calls. `most`: tokens. Raises RefusedError."""
         return await self._call(key, retried, lambda: self._asked(messages, tools), most)
 
     async def generate(self, key: bytes, retried: bool, token_ids: Sequence[int], most: int | None) -> Answer:
-        """Raises RefusedError."""
+        """Answer a call with token ids. Raises RefusedError."""
         return await self._call(key, retried, lambda: self._asked_with_ids(list(token_ids)), most)
 
     def seal(self) -> None:
@@ -140,8 +140,8 @@ class Session:
             call.cancel()
 
     def conversations(self) -> list[Conversation]:
-        """All that was sampled: from the start of each tree, and from each further turn that continues the same one,
-        one after the other as far as it goes."""
+        """Return all that was sampled: a conversation from the root of each tree, and one from each further turn that
+        continues the same turn, each as far as it goes."""
         turns = self._answered()
         following: dict[_Turn, _Turn] = {}
         for turn in turns:
@@ -151,7 +151,7 @@ class Session:
         return [_row(head, following) for head in heads]
 
     def last(self) -> tuple[str, FinishReason]:
-        """Text and end of the answer after which nothing was asked."""
+        """Return text and finish reason of the answer after which nothing was asked."""
         turns = self._answered()
         latest = max(turn.asked for turn in turns)
         turn = [turn for turn in turns if turn.answered > latest][-1]
@@ -185,7 +185,7 @@ class Session:
         try:
             turn = ask()
         except RenderingError as error:
-            if self._turns:  # else the template itself is at fault
+            if self._turns:  # otherwise the template itself is at fault
                 self.refusal = str(error)
                 raise RefusedError(self.refusal, "cannot_be_rendered") from error
             raise self._failed(error) from error
@@ -205,13 +205,13 @@ class Session:
         return RefusedError(f"the episode has failed: {fault}", "episode_failed")
 
     async def _granted(self, turn: _Turn, most: int | None) -> int:
-        """Tokens that it may have, which are taken off the room. Raises RefusedError."""
+        """Return how many tokens a turn may have, and subtract them from the room. Raises RefusedError."""
         siblings = (other for other in self._turns if other is not turn)
         goes_on = turn.before is not None and all(other.before is not turn.before for other in siblings)
         cost = len(turn.bridge.ids) - turn.bridge.drop if goes_on else len(turn.prompt)
         limits = turn.limit - len(turn.prompt), self._options.max_turn_tokens, most
         granted = min(limit for limit in limits if limit is not None)
-        while self._sampling and self._room < cost + granted:  # others may need less than they were given
+        while self._sampling and self._room < cost + granted:  # others may need less than they were granted
             await asyncio.wait(self._sampling, return_when=asyncio.FIRST_COMPLETED)
         granted = min(granted, self._room - cost)
         if granted < 1:
@@ -262,7 +262,7 @@ class Session:
     def _asked_with_ids(self, ids: list[int]) -> _Turn:
         renderer = self._renderer_of(())
         decode = renderer.template.tokenizer.decode
-        # A client may leave out the token that ended a turn, or end it otherwise.
+        # A client may leave out the token that ended a turn, or end the turn differently.
         before, bridge = self._before(
             ids,
             lambda turn: continuation(
@@ -274,7 +274,7 @@ class Session:
         return self._turn(before, bridge, said, new, renderer, by_ids=True)
 
     def _before(self, ids: list[int], how: Callable[[_Turn], Bridge | None]) -> tuple[_Turn | None, Bridge]:
-        """The longest recorded conversation that a prompt begins with, and how it goes on."""
+        """Return the longest recorded conversation that a prompt begins with, and how it continues."""
         ways = [(turn, bridge) for turn in self._answered() if (bridge := how(turn)) is not None]
         return min(ways, key=lambda way: len(way[1].ids), default=(None, Bridge(0, ids)))
 
@@ -294,7 +294,7 @@ class Session:
         return _Turn(prompt, bridge, before, said, new, renderer, by_ids, again, limit, asked=next(self._clock))
 
     def _shortened(self, renderer: Renderer, messages: Sequence[Message]) -> list[Message]:
-        """As of an environment: what answers the policy."""
+        """Shorten the messages that answer the policy, like an environment's."""
         most = self._options.max_observation_tokens
         return [renderer.shortened(m, most) if m.role in ("tool", "user") else m for m in messages]
 
@@ -310,7 +310,7 @@ def _row(head: _Turn, following: Mapping[_Turn, _Turn]) -> Conversation:
 
 
 def _continues(said: Sequence[Message], turn: _Turn) -> bool:
-    """Whether this is what was said up to a turn's answer, and then what users and tools may answer."""
+    """Return whether messages repeat a turn's conversation with its answer, and add messages of users and tools."""
     assert turn.answer is not None
     known = (*turn.said, turn.answer.message)
     new = said[len(known) :]
@@ -323,7 +323,7 @@ def _continues(said: Sequence[Message], turn: _Turn) -> bool:
 
 
 def _same(one: Message, other: Message) -> bool:
-    """Clients strip texts, and write arguments anew."""
+    """Compare messages; clients strip texts, and serialise arguments again."""
     calls = ([(call.id, call.name, call.arguments) for call in message.calls] for message in (one, other))
     return (one.role, one.content.strip(), one.call_id) == (other.role, other.content.strip(), other.call_id) and (
         next(calls) == next(calls)

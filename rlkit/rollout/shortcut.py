@@ -1,9 +1,9 @@
-"""Weights copied straight to where vLLM's own reload would bring them, on CPUs.
+"""Copies weights straight to where vLLM's own reload would put them, on CPUs.
 
-The reload makes every layer anew: memory, loaders, packing, and a copy into the old one. But what goes where is the
+The reload builds every layer again: memory, loaders, packing, and a copy into the old layer. But what goes where is the
 same for every version. So one reload is watched, and its copies are repeated from then on. A plan is used only if it
-gives, for other weights too, what the reload gives to the last bit; quantised models, derived values and converted
-checkpoints have none, and are reloaded.
+gives the same result as the reload to the last bit, for other weights too. Quantised models, derived values and
+converted checkpoints have no such plan, and are reloaded.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from rlkit.weights.bundle import TensorMeta, WeightDigest
 
 Weights = Sequence[tuple[str, Tensor]]
 PROBES = 3
-"""Rows that a packed layer is tried with: its weights cannot be read."""
+"""Number of input rows with which a packed layer is tried, as its weights cannot be read."""
 PLAIN = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 MOST_BYTES = 2**27
-"""Of weights. Larger models gain little of a step, and they would be in memory twice while a shortcut is tried."""
+"""Most bytes of weights. Larger models gain little per step, and would be in memory twice while a shortcut is tried."""
 
 
 class NoShortcut(Exception):
-    """What vLLM's reload does is more than copies."""
+    """Raised if vLLM's reload does more than copy."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """A part of a contiguous tensor, in its elements."""
+    """A part of a contiguous tensor, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -55,7 +55,7 @@ class _Target:
     name: str
     shape: tuple[int, ...]
     copies: list[tuple[_View, str, _View]] = field(default_factory=list)
-    """Part of the parameter, name of a weight, part of that."""
+    """(part of the parameter, name of a weight, part of that weight)."""
 
     @property
     def packed(self) -> bool:
@@ -63,7 +63,7 @@ class _Target:
 
 
 class Shortcut:
-    """Has `load_weights` as a model has."""
+    """Has a `load_weights` like a model."""
 
     def __init__(self, metas: Sequence[TensorMeta], targets: Sequence[_Target], model: nn.Module, dtype: Any) -> None:
         self.metas, self.targets = metas, targets
@@ -92,9 +92,9 @@ class Shortcut:
 
 
 def find_shortcut(worker: Any, weights: Weights, reload: Callable[[Weights], Any]) -> Shortcut | None:
-    """How to load without `reload`, which is vLLM's; None where that would not be the same. Load weights afterwards.
+    """Return how to load without vLLM's `reload`; None if the result would differ. Load weights afterwards.
 
-    `worker`: of vLLM.
+    `worker`: vLLM's.
     """
     config, model = worker.vllm_config, worker.get_model()
     quantised = config.model_config.quantization is not None
@@ -118,19 +118,19 @@ def find_shortcut(worker: Any, weights: Weights, reload: Callable[[Weights], Any
 
 
 def _another(tensor: Tensor) -> Tensor:
-    """With no element as it was."""
+    """Return a tensor that differs in every element."""
     return (0.25 - 0.5 * tensor.float()).to(tensor.dtype) if tensor.is_floating_point() else tensor
 
 
 class _Watch(TorchDispatchMode):
-    """Notes which copies take elements of weights to parameters."""
+    """Records which copies move elements of weights to parameters."""
 
     def __init__(self, model: nn.Module, weights: Weights) -> None:
         super().__init__()
         self.weights = sorted((tensor.data_ptr(), name, tensor) for name, tensor in weights)
         self.targets: dict[tuple[int, str], _Target] = {}
         self.owners: dict[int, tuple[nn.Module, str, Tensor]] = {}
-        """By address of the memory."""
+        """Owners of tensors by memory address."""
         self._materialize = layerwise.materialize_layer
         for layer in model.modules():
             self._own(layer)
@@ -172,7 +172,7 @@ class _Watch(TorchDispatchMode):
         return None
 
     def plan(self) -> list[_Target]:
-        """Raises NoShortcut where a copy leads elsewhere than to a plain or packed parameter."""
+        """Return the recorded copies. Raises NoShortcut if a copy goes anywhere but a plain or packed parameter."""
         for target in self.targets.values():
             if target.layer is None:
                 raise NoShortcut
@@ -198,7 +198,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 def _state(model: nn.Module) -> str:
-    """Of all that the engine computes with; heads are packed anew after every load (`repack_head`).
+    """Return a digest of all that the engine computes with; heads are repacked after every load (`repack_head`).
 
     Raises NoShortcut for a layer whose packed weights cannot be tried.
     """

@@ -41,7 +41,7 @@ class RolloutWorker:
     """Every engine call runs in one thread, so steps and weight updates never overlap."""
 
     def __init__(self, model_path: str, config: RunConfig, log_path: str, engine_seed: int) -> None:
-        """`engine_seed`: of this engine's own randomness, for samples that have no seed."""
+        """`engine_seed`: for this engine's own randomness, used by samples without a seed."""
         from rlkit.tracking.logs import actor_logging
 
         self.log = Path(log_path)
@@ -51,49 +51,49 @@ class RolloutWorker:
         self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.calls = 0
-        """Pieces of work that the thread has, with the one that it does."""
+        """Number of pieces of work that the thread has, including the current one."""
         self.version = 0
         self.checksum = ""
         """Checksum of the last weights received."""
         self.announced: str | None = None
-        """The checksum that came with them."""
+        """The checksum that came with those weights."""
         self.open: dict[str, _Open] = {}
         self.finished = 0
-        """Responses, so far."""
+        """Number of responses finished so far."""
         self.progress = asyncio.Event()
         """Set when some have finished."""
         self.watchers = 0
-        """Who wait to hear of each."""
+        """Number of callers that wait for finished responses."""
         self.pump: asyncio.Task[None] | None = None
         self.episodes: Episodes | None = None
         self.playing: set[asyncio.Task[None]] = set()
         self.asked: deque[Request] = deque()
-        """Turns of episodes that the engine has not seen yet."""
+        """Turns of episodes that the engine has not been given yet."""
         self.turns: dict[str, asyncio.Future[Response]] = {}
         self.work = asyncio.Event()
-        """Set when the engine loop has something to do, or to end for."""
+        """Set when the engine loop has something to do, or a reason to end."""
         self.admission = asyncio.Condition()
-        """Held to admit groups; told when new weights are there."""
+        """Held to admit groups; notified when new weights have arrived."""
         self.closed = False
-        """Synchronous training, from `prepare` until the new weights are there: no group is admitted."""
+        """True in synchronous training from `prepare` until the new weights have arrived: no group is admitted."""
         self.accepted = asyncio.Event()
         """Cleared from `prepare` until the pool accepts the receipt (`admit`): nothing is handed over."""
         self.accepted.set()
         self.in_flight = config.trainer.max_staleness > 0
-        """New weights come between two steps of the engine, and its requests go on with them."""
+        """Whether new weights arrive between two engine steps, and running requests continue with them."""
         self.going = asyncio.Event()
-        """Cleared while weights come in flight: the engine does not step."""
+        """Cleared while weights arrive in flight: the engine does not step."""
         self.going.set()
         self.parked = False
-        """Turns of episodes wait for weights: none begins."""
+        """Whether turns of episodes wait for weights: none begins."""
         self.busy_seconds = 0.0
-        """Of the engine, since the last receipt."""
+        """Working time of the engine since the last receipt."""
         self.receipt_at = self.stopped_at = time.monotonic()
         """When the last receipt was given; when the engine last stopped for weights."""
         self.arrived = asyncio.Event()
         """Set when a transfer has completed or failed."""
         self.failure: Exception | None = None
-        """What ended the last transfer."""
+        """The error that ended the last transfer."""
 
     async def start(self) -> None:
         """Load the engine and generate once, so that the first step finds everything warm; start the environment."""
@@ -126,7 +126,7 @@ class RolloutWorker:
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
-            # The learner loads on the same GPU; weights come before anything is sampled.
+            # The learner loads on the same GPU, and weights arrive before anything is sampled.
             self.sampler.sleep(sleep_level(config))
 
     @property
@@ -136,7 +136,7 @@ class RolloutWorker:
         return bool(self.sampler.affords_seeds) if asked == "auto" else asked == "always"
 
     def _grammar(self) -> Grammar | None:
-        """What all responses must match, if it is the same for all."""
+        """Return the grammar that all responses must match, if it is the same for all."""
         structured = self.rollout.structured
         return None if structured is None or structured.column is not None else grammar(structured, {})
 
@@ -144,22 +144,22 @@ class RolloutWorker:
         """Yield all groups that finished since the last yield (at least one), then their ids and how many responses the
         engine has finished.
 
-        These are a separate, small item: the driver reads it as proof that the groups have arrived.
+        The latter are a separate, small item: the driver reads it as proof that the groups have arrived.
         """
         done: _Done = asyncio.Queue()
-        follows = self.rollout.source == "policy"  # else no weights ever come
+        follows = self.rollout.source == "policy"  # otherwise no weights ever arrive
         oldest = max(request.oldest for request in requests) if follows else 0
         async with self.admission:
             await self.admission.wait_for(lambda: self.version >= oldest and not self.closed)
             try:
                 if self.config.environment[TARGET] is not None:
-                    if self.episodes is None:  # never a single response in an episode's place
+                    if self.episodes is None:  # never replace an episode by a single response
                         raise RuntimeError("the environment has not started")
                     self._play(self.episodes, requests, done)
                 else:
                     await self._in_thread(lambda: self._submit(requests, done))
             except BaseException:
-                for request in requests:  # or the engine loop would wait for what was never queued
+                for request in requests:  # otherwise the engine loop would wait for what was never queued
                     self.open.pop(request.id, None)
                 raise
             finally:
@@ -180,7 +180,7 @@ class RolloutWorker:
             yield [group.id for group in groups], self.finished
 
     async def has_finished(self, at_least: int) -> int:
-        """How many responses are finished; waits until so many are."""
+        """Return how many responses are finished; wait until at least `at_least` are."""
         self.watchers += 1
         try:
             while self.finished < at_least:
@@ -267,7 +267,7 @@ class RolloutWorker:
         self.work.set()
 
     def _step(self) -> tuple[list[tuple[Group, _Done]], list[Response]]:
-        """Finished groups, and turns of episodes."""
+        """Step the engine; return finished groups and turns of episodes."""
         self._begin_turns()
         whole: list[_Open] = []
         turns: list[Response] = []
@@ -275,15 +275,15 @@ class RolloutWorker:
         while True:
             for response in self.sampler.step():
                 group_id, _, index = response.id.rpartition(":")
-                if (entry := self.open.get(group_id)) is None:  # a turn, which perhaps nobody waits for any more
+                if (entry := self.open.get(group_id)) is None:  # a turn, perhaps one that nobody waits for any more
                     turns.append(response)
                     continue
                 entry.responses[int(index)] = response
                 self.finished += 1
                 if len(entry.responses) == entry.request.responses:
                     whole.append(self.open.pop(group_id))
-            # A change of threads after each step would cost a small model a tenth of its time. Environments need the
-            # loop.
+            # Switching threads after each step would cost a small model a tenth of its time. Environments need the
+            # event loop.
             heard = whole or turns or (self.watchers and self.finished > before)
             if heard or self.playing or self.calls > 1 or not self.sampler.busy:
                 break
@@ -299,7 +299,7 @@ class RolloutWorker:
     # -- new weights: prepare; take, or the learner's transfer; confirm; admit --------------------------------------
 
     async def prepare(self) -> None:
-        """Make room for weights; nothing is handed over that was sampled with them before `admit`.
+        """Make room for new weights; what is sampled with them is not handed over before `admit`.
 
         Synchronous training: the open groups are finished, and new ones wait. In flight: the engine stops between two
         steps.
@@ -311,7 +311,7 @@ class RolloutWorker:
             if self.episodes is not None and self.episodes.options.new_weights == "park":
                 await self._park()
             self.going.clear()
-            await self._in_thread(self.sampler.settle)  # after the step that it may be in
+            await self._in_thread(self.sampler.settle)  # after a step that may be in progress
             self.stopped_at = time.monotonic()
             return
         async with self.admission:
@@ -323,7 +323,7 @@ class RolloutWorker:
         await self._in_thread(lambda: self.sampler.wake("weights"))
 
     async def _park(self) -> None:
-        """Until the turns that the engine samples are over; no other begins."""
+        """Wait until the turns that the engine is sampling are done; no other begins."""
         self.parked = True
         await self._in_thread(lambda: None)  # after the step that may be adding some
         waiting = {request.id for request in self.asked}
@@ -332,20 +332,20 @@ class RolloutWorker:
             await asyncio.wait(begun)
 
     async def take(self, bundle: WeightBundle) -> None:
-        """Load weights from Ray's object store; damaged ones are not loaded, and the receipt shows it."""
+        """Load weights from Ray's object store; damaged ones are not loaded, which the receipt shows."""
         await self._in_thread(lambda: self._take(bundle))
 
     def _take(self, bundle: WeightBundle) -> None:
         self.checksum, self.announced = bundle.received_checksum(), bundle.checksum
-        if self.checksum == self.announced:  # else there may be anything in it
+        if self.checksum == self.announced:  # otherwise it may contain anything
             self.sampler.load(bundle)
             self.version = bundle.version
 
     async def transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
-        """A step of the transfer that the learner drives (`rlkit/learner/sender.py`)."""
+        """Do a step of the transfer that the learner drives (`rlkit/learner/sender.py`)."""
         try:
             await self._in_thread(lambda: self._transfer(step, arguments, version))
-        except Exception as error:  # the learner may hear it only when the transfer is over, which it now never is
+        except Exception as error:  # the learner may get it only after the transfer, which now never ends
             self.failure = error
             self.arrived.set()
             raise
@@ -364,7 +364,7 @@ class RolloutWorker:
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
     async def confirm(self, canary: Canary) -> WeightReceipt:
-        """With weights that look right from here the engine goes on before the pool has judged the receipt."""
+        """Return a receipt for the weights. If they look right here, the engine continues before the pool judges it."""
         receipt = await self._in_thread(lambda: self._confirm(canary))
         if receipt.canary_logprobs.size and receipt.announced in (None, receipt.checksum):
             await self._go_on()
@@ -373,7 +373,7 @@ class RolloutWorker:
     def _confirm(self, canary: Canary) -> WeightReceipt:
         self.sampler.wake("kv_cache")
         loaded = self.sampler.loaded()
-        # A layer that was written in part holds what was in memory before: nothing is computed with that.
+        # A partly written layer holds whatever was in memory before: nothing is computed with it.
         usable = loaded is None or not loaded.unwritten
         logprobs = self.sampler.prompt_logprobs(canary) if usable else np.empty(0, np.float32)
         now = time.monotonic()
@@ -382,7 +382,7 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded, idle, frozen)
 
     async def admit(self) -> None:
-        """Hand over what is sampled: the receipt was accepted. Nobody waits for this."""
+        """Hand over what is sampled, as the receipt was accepted. Nobody waits for this call."""
         self.accepted.set()
 
     async def _go_on(self) -> None:
@@ -402,12 +402,12 @@ class RolloutWorker:
         return await self.confirm(canary)
 
     async def sleep(self, level: int) -> None:
-        """Free GPU memory until `prepare` and `confirm`, or `wake`. Only while nothing is sampled.
+        """Free GPU memory until `prepare` and `confirm`, or `wake`. Only while nothing is being sampled.
 
-        Level 1 keeps the weights in host memory; after level 2 new ones must come.
+        Level 1 keeps the weights in host memory; after level 2 new ones must be loaded.
         """
         await self._in_thread(lambda: self.sampler.sleep(level))
-        self.open.clear()  # at an end in mid-step: vLLM has dropped them, and the engine loop would wait for ever
+        self.open.clear()  # if a run ends in mid-step: vLLM dropped them, and the engine loop would wait forever
         self._end_episodes()
 
     async def wake(self) -> None:

@@ -1,1 +1,1 @@
-"""Rewards in processes of their own: workers with deadlines, and the pool of them."""
+"""Rewards in their own processes: workers with deadlines, and a pool of them."""

@@ -1,4 +1,4 @@
-"""Reward workers seen from the driver: every call has a deadline, a second try, and an end."""
+"""Reward workers as seen from the driver: every call has a deadline and one retry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rlkit.serving.worker import RewardWorker, mark_invalid
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-"""How long a reward may take to free what it holds before its process is killed."""
+"""How long a reward may take to free its resources before its process is killed."""
 STARTUP = "trainer.startup_timeout_seconds"
 
 
@@ -48,7 +48,7 @@ class Scored:
 class WorkerState:
     index: int
     actor: Any = None
-    """None: dead, and started again when needed."""
+    """None: the worker is dead, and restarted when needed."""
     pid: int | None = None
     busy_since: float | None = None
     """`time.monotonic()` at the start of its current call."""
@@ -60,11 +60,11 @@ class WorkerState:
 
 
 PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-"""Raised by Ray when the process of a call is gone."""
+"""Raised by Ray when the process of a call has died."""
 
 
 class _Broken(Exception):
-    """The worker has been killed; the message is the samples' reason."""
+    """Raised after a worker was killed; the message is the samples' reason."""
 
 
 class RewardPool:
@@ -79,15 +79,15 @@ class RewardPool:
         name: str = "reward",
         place: Place = anywhere,
     ) -> None:
-        """`reward` is the reward section. Output of worker i and its successors goes to `<name>-<i>.log` in `logs`.
+        """`reward` is the reward section. Output of worker i and its replacements goes to `<name>-<i>.log` in `logs`.
 
-        Raise PartError, or pydantic's ValidationError for an invalid section.
+        Raises PartError, or pydantic's ValidationError for an invalid section.
         """
         self.target: str = reward["_target_"]
         self._options = {key: value for key, value in reward.items() if key != "_target_"}
         self._kind = import_part("reward", self.target)
         self.config = self._kind.Config(**self._options)
-        # Asked of rewards that can learn only: the answer of others may take a call to their server.
+        # Only rewards that can learn are asked: for others the answer may take a call to their server.
         learner = issubclass(self._kind, TrainableReward)
         self._traits: RewardTraits = self._kind.traits(self.config) if learner else RewardTraits()
         self._learnt = 0
@@ -99,7 +99,7 @@ class RewardPool:
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
         self._queued = 0
-        """Calls that wait for a worker."""
+        """Number of calls that wait for a worker."""
 
     async def start(self) -> None:
         results = await asyncio.gather(*(self._start(worker) for worker in self._workers), return_exceptions=True)
@@ -114,10 +114,10 @@ class RewardPool:
         """Score batches, each a list of groups or an object reference to one: all groups in order, or those with the
         `chosen` ids.
 
-        A worker that misses the deadline, dies or raises is replaced and the call retried once; then all its samples
-        are invalid. Raise what `ray.get` raises if a batch itself is lost.
+        A worker that misses the deadline, dies or raises is replaced and the call retried once; if that fails, all its
+        samples are invalid. Raises what `ray.get` raises if a batch itself is lost.
         """
-        # Put once, so that a second try does not send the tokens again and only references cross the driver.
+        # Put once, so that a retry does not send the tokens again and only references pass through the driver.
         refs = [batch if isinstance(batch, ray.ObjectRef) else ray.put(batch) for batch in batches]
         worker = await self._turn()
         try:
@@ -134,12 +134,12 @@ class RewardPool:
             return Scored(*await ray.remote(num_cpus=0)(mark_invalid).remote(reason, chosen, *refs))
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their scores, in this process."""
+        """Return the groups with their scores, in this process."""
         scored = await self.score([list(groups)])
         return with_scores(groups, scored.scores)
 
     async def _turn(self) -> WorkerState:
-        """The deadline is the longest that earlier calls may take."""
+        """Wait for a free worker; the deadline is the longest that earlier calls may take."""
         if not self._idle.empty():
             return self._idle.get_nowait()
         self._queued += 1
@@ -170,7 +170,7 @@ class RewardPool:
     ) -> tuple[list[Group], dict[str, float]]:
         """Let a reward that learns `before` or `after` the policy's advantages learn from scored groups.
 
-        Return the groups, rescored if it learnt before, and its metrics. Raise RewardFailed if it dies or misses the
+        Returns the groups, rescored if it learns before, and its metrics. Raises RewardFailed if it dies or misses the
         deadline.
         """
         if self._traits.update_when != when:
@@ -208,9 +208,9 @@ class RewardPool:
             self._learnt += 1
 
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
-        """Call the only worker of a reward that learns; restart it if it died with nothing to lose.
+        """Call the only worker of a reward that learns; restart it if it died without having learnt anything.
 
-        Raise RewardFailed if what it has learnt is lost.
+        Raises RewardFailed if what it has learnt is lost.
         """
         worker = await self._turn()
         try:
@@ -236,7 +236,7 @@ class RewardPool:
             return await getattr(worker.actor, method).remote(*arguments)
 
     async def _living(self, worker: WorkerState) -> None:
-        """Restart a dead worker. Raise RewardFailed if it had learnt, _Broken if it cannot start."""
+        """Restart a worker if it is dead. Raises RewardFailed if it had learnt, _Broken if it cannot start."""
         if worker.actor is None:
             if self._learnt:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
@@ -257,7 +257,7 @@ class RewardPool:
         ]
 
     async def close(self) -> None:
-        """Idle workers get a few seconds to free what they hold."""
+        """End all workers; idle ones get a few seconds to free their resources."""
         idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
         closing = [self._close(worker) for worker in idle]
         for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
@@ -279,7 +279,7 @@ class RewardPool:
                 scores, report = await worker.actor.score.remote(chosen, *refs)
             if report.error:
                 log.warning("reward worker %d raised:\n%s", worker.index, report.error)
-                finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
+                finished = self._learnt > 0  # alive, with all it has learnt: it gets the retry itself
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
             for raised in set(report.tracebacks) - self._told:
@@ -290,7 +290,7 @@ class RewardPool:
         except PROCESS_LOST as error:
             raise _Broken(f"crash: the worker process {worker.pid} died: {_first_line(error)}") from error
         except asyncio.CancelledError:
-            finished = self._learnt > 0  # the checkpoint at the end of a run has what it has learnt, after this call
+            finished = self._learnt > 0  # the run's last checkpoint saves what it has learnt, after this call
             raise
         finally:
             worker.busy_since = None
@@ -300,7 +300,7 @@ class RewardPool:
         return Scored(scores, report)
 
     async def _start_again(self, worker: WorkerState) -> None:
-        """Replace a dead worker; raise _Broken if it cannot start or take the policy's weights."""
+        """Replace a dead worker. Raises _Broken if it cannot start or load the policy's weights."""
         try:
             await self._start(worker)
             worker.restarts += 1
@@ -315,7 +315,7 @@ class RewardPool:
             raise _Broken("crash: the new worker did not take the policy's weights in time") from None
 
     async def _start(self, worker: WorkerState) -> None:
-        """On failure the worker is dead, and RewardFailed names the cause."""
+        """Start a worker; on failure it is killed, and RewardFailed names the cause."""
         environment = {
             "OMP_NUM_THREADS": str(self._context.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores

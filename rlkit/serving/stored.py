@@ -1,4 +1,4 @@
-"""Where groups lie in Ray's object store: tokens are put there once, by who samples them, and then referred to."""
+"""Tracks groups in Ray's object store: tokens are put there once, by the worker that samples them, then referenced."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from rlkit.experience import Group
 
 
 async def groups_in(batch: Any) -> list[Group]:
-    """`batch`: a list of groups, or a reference to one."""
+    """Return the groups of a batch: a list of groups, or a reference to one."""
     groups: list[Group] = batch if isinstance(batch, list) else await batch
     return groups
 
 
 class Stored:
-    """References by group, of the groups that a step may still ask about."""
+    """References by group id, for the groups that a step may still need."""
 
     def __init__(self) -> None:
         self._references: dict[str, Any] = {}
 
     def add(self, groups: Iterable[Group], batch: Any) -> None:
-        """`batch`: a reference to a list with all of them, and perhaps others; lists are not in the store."""
+        """Note where groups are. `batch`: a reference to a list with them, and perhaps others; a list is ignored."""
         if not isinstance(batch, list):
             self._references |= dict.fromkeys((group.id for group in groups), batch)
 
     def references(self, groups: Sequence[Group]) -> list[Any]:
-        """To lists that have all `groups` among them, as they were sampled: their scores may be others.
+        """Return references to lists that contain all `groups` as they were sampled: their scores may differ.
 
-        Puts there what is not: groups of a checkpoint, and recorded ones.
+        Groups not in the store, from a checkpoint or recorded, are put there.
         """
         absent = [group for group in groups if group.id not in self._references]
         if absent:

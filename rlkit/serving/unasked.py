@@ -1,4 +1,4 @@
-"""In place of a reward pool where no reward is asked."""
+"""What replaces a reward pool in a run without a reward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rlkit.serving.stored import Stored, groups_in
 
 
 class NoReward:
-    """Recorded responses bring their scores; with fresh ones the algorithm reads none."""
+    """For recorded responses, which have their scores, and sampled ones if the algorithm reads no scores."""
 
     config, target, follows_policy = RewardConfig(), "of the data", False
 
     async def score(self, batches: Sequence[Any]) -> Scored:
-        """Batches are lists of groups, or references to such."""
+        """Return the scores of batches, which are lists of groups, or references to such lists."""
         groups = [group for batch in batches for group in await groups_in(batch)]
         scores = [_scores(group) for group in groups]
-        # Episodes may have broken, which counts; nothing else is a verdict of this run.
+        # Broken episodes count; nothing else is a verdict of this run.
         episodes = any(sample.episode is not None for group in groups for sample in group.samples)
         return Scored(scores, report_on(scores, 0.0) if episodes else ScoreReport())
 

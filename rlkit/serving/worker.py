@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
 
 Batch = Sequence[Group]
-"""As held by an object reference of the rollout."""
+"""The content of an object reference from the rollout."""
 
 
 class RewardWorker:
-    """Hosts one Reward; works without Ray, too."""
+    """Hosts one Reward; also works without Ray."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, log_path: str | None = None
@@ -52,8 +52,8 @@ class RewardWorker:
         return os.getpid()
 
     def score(self, chosen: Sequence[str] | None, *batches: Batch) -> tuple[list[GroupScores], ScoreReport]:
-        """Scores of all groups of the batches, or of those with the `chosen` ids in that order, and a report; if the
-        reward raises, no scores and its traceback."""
+        """Return the scores of all groups of the batches, or of those with the `chosen` ids in that order, and a
+        report; if the reward raises, no scores and its traceback."""
         start = time.perf_counter()
         groups = _chosen(chosen, batches)
         try:
@@ -65,9 +65,9 @@ class RewardWorker:
     def learn(
         self, scores: Mapping[str, GroupScores], rescore: bool, *batches: Batch
     ) -> tuple[dict[str, float], list[GroupScores] | None]:
-        """Let a trainable reward learn from the groups of the batches that have `scores` by their ids.
+        """Let a trainable reward learn from those groups of the batches whose ids are in `scores`.
 
-        Return its metrics and, if `rescore`, new scores, in the order of `scores`.
+        Returns its metrics and, if `rescore`, new scores in the order of `scores`.
         """
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
@@ -78,8 +78,8 @@ class RewardWorker:
     def _scored(
         self, originals: Sequence[Group], judge: Callable[[Sequence[Group]], Sequence[GroupScores]]
     ) -> list[GroupScores]:
-        """Greedy responses are judged with the others. Episodes whose environment broke are invalid whatever the reward
-        is, which does not see them."""
+        """Judge groups, including greedy responses. Episodes whose environment broke are invalid for any reward, which
+        does not see them."""
         least = functools.cache(lambda: max(1, type(self._reward).traits(self._reward.config).samples))
         groups = [with_greedy(group) for group in originals]
         asked = [played(group, least) for group in groups]
@@ -105,7 +105,7 @@ class RewardWorker:
         torch.save(dict(self._reward.state_dict()), file)
 
     def load_state(self, file: str) -> None:
-        """Only tensors and plain values are read, never pickled code."""
+        """Load a reward's state; only tensors and plain values are read, never pickled code."""
         import torch
 
         assert isinstance(self._reward, TrainableReward)

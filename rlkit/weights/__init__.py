@@ -1,1 +1,1 @@
-"""What both ends of a weight transfer share: bundles and buckets, receipts, and gloo between CPUs. A leaf."""
+"""What both ends of a weight transfer share: bundles and buckets, receipts, and gloo between CPUs. A leaf package."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message=".*not writable.*")  # Ray's shared memory; nobody writes
+warnings.filterwarnings("ignore", message=".*not writable.*")  # Ray's shared memory; nothing writes to it
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class WeightBundle:
 
     @classmethod
     def pack(cls, version: int, weights: Iterable[tuple[str, Tensor]]) -> WeightBundle:
-        """On CPUs the bundle holds the tensors themselves, not copies: Ray makes the one copy, in shared memory, where
-        fresh memory of a process would cost several times the copying."""
+        """Pack the weights. On CPUs the bundle holds the tensors themselves, not copies: Ray makes the only copy, in
+        shared memory; allocating process memory would cost several times as much as copying."""
         entries = []
         for name, tensor in weights:
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -49,7 +49,7 @@ class WeightBundle:
         return _tensors(self.entries)
 
     def received_checksum(self) -> str:
-        """Of the data as received."""
+        """Return the checksum of the data as received."""
         return _checksum(self.tensors())
 
 
@@ -66,11 +66,11 @@ def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 _ROW = 1024
-"""Numbers of four bytes that are added up to one."""
+"""How many four-byte numbers are summed into one."""
 _ROWS = 4096
-"""Of which there are intermediate products at a time."""
+"""How many such rows have intermediate products at a time."""
 _ODD = -1640531527
-"""2^32 / golden ratio as a signed number: spreads the weights of neighbouring places over all bits."""
+"""2^32 / golden ratio as a signed number: spreads the weights of neighbouring positions over all bits."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TensorMeta:
 
 
 def buckets(tensors: Sequence[TensorMeta], limit: int) -> Iterator[Sequence[TensorMeta]]:
-    """Cut into runs of at most `limit` bytes, in order; a larger tensor is a run of its own.
+    """Split tensors into runs of at most `limit` bytes, in order; a larger tensor is a run of its own.
 
     >>> metas = [TensorMeta(name, torch.uint8, (size,)) for name, size in [("a", 3), ("b", 4), ("c", 9), ("d", 1)]]
     >>> ["".join(meta.name for meta in run) for run in buckets(metas, 8)]
@@ -114,21 +114,21 @@ def unpack(buffer: Tensor, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, T
 class WeightDigest:
     """Checksum of named tensors (names, dtypes, shapes, every bit), computed where the tensors are.
 
-    Not cryptographic: it detects loss, duplication, mix-ups and damage in transit. Order and buckets do not matter; a
-    single different element always changes it.
+    Not cryptographic: it detects loss, duplication, mix-ups and damage in transit. It does not depend on order or
+    buckets; a single different element always changes it.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[TensorMeta, Sequence[Tensor]]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError for a name that was added before."""
+        """Add a tensor. Raises ValueError for a name that was added before."""
         if name in self._sums:
             raise ValueError(f"the weights {name} came twice")
         self._sums[name] = TensorMeta(name, tensor.dtype, tuple(tensor.shape)), _condensed(tensor)
 
     def hexdigest(self) -> str:
-        """Of all tensors so far. Waits for the device."""
+        """Return the checksum of all tensors so far. Waits for the device."""
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self._sums):
             meta, parts = self._sums[name]
@@ -144,8 +144,8 @@ def _weights(device: torch.device) -> Tensor:
 
 
 def _condensed(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows] int32: each 1,024 numbers of four bytes times odd weights of their places, modulo 2^32; [bytes]: the rest
-    as it is. Not widened: on a CPU this takes as long as a copy, where 64 bits would take 30 times as long."""
+    """Return [rows] int32, the sum of each 1,024 four-byte numbers times odd weights by position, modulo 2^32; and
+    [bytes], the unchanged rest. Without widening this takes as long as a copy on a CPU; 64 bits would take 30 times."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.data_ptr() % 4 or data.storage_offset() % 4:
         data = data.clone()  # a slice of a buffer
@@ -153,7 +153,7 @@ def _condensed(tensor: Tensor) -> tuple[Tensor, Tensor]:
     rows = data[:whole].view(torch.int32).view(-1, _ROW)
     weights = _weights(tensor.device)
     if rows.device.type == "cpu":
-        sums = rows @ weights  # CUDA has no such product of integers
+        sums = rows @ weights  # CUDA has no integer matrix product
     else:
         sums = torch.cat([(part * weights).sum(1, dtype=torch.int32) for part in rows.split(_ROWS)])
     return sums, data[whole:].clone()

@@ -1,4 +1,4 @@
-"""Weights that every rollout worker must hold, and the proof that it does."""
+"""Weights that every rollout worker must hold, and the proof that it holds them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from rlkit.experience import UserError
 Canary = tuple[tuple[int, ...], ...]
 """Token ids of sequences whose log-probs sampler and learner compare."""
 CANARY_PROMPTS, CANARY_TOKENS = 4, 32
-"""Most sequences, and tokens of each."""
+"""Maximum number of sequences, and of tokens in each."""
 NOISES_OF_A_MEASURED_CHANGE = 12.0
 LEAST_CHANGE_SHOWN = 0.5
 
 
 class WeightsNotLoadedError(UserError):
-    """A worker samples with other weights than those published."""
+    """Raised if a worker samples with weights other than those published."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an engine reports after weights were loaded; sums are of bit patterns."""
+    """An engine's report after loading weights; sums are of bit patterns."""
 
     unwritten: tuple[str, ...] = ()
-    """Layers of which not every parameter was written, with what was."""
+    """Layers with parameters that were not fully written, and how much was."""
     arrived: int = 0
-    """Sum over the weights that came (and whose parameters can be read), in the engine's precision."""
+    """Sum over the weights that arrived (and whose parameters are readable), in the engine's precision."""
     held: int = 0
-    """Sum over the parameters that the engine has now and that can be read."""
+    """Sum over the readable parameters that the engine has now."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class WeightReceipt:
     checksum: str
     """Checksum of the weights received."""
     announced: str | None
-    """The checksum sent with them; None after a direct transfer, where the learner has it."""
+    """The checksum sent with the weights; None after a direct transfer, for which the learner has it."""
     canary_logprobs: np.ndarray
     loaded: Loaded | None = Loaded()
     """None: nothing was loaded since the last receipt."""
     idle: float = 0.0
-    """Seconds since the last receipt in which the engine had nothing to do."""
+    """Seconds since the last receipt during which the engine had nothing to do."""
     frozen: float = 0.0
-    """Seconds for which the engine sampled nothing because of these weights."""
+    """Seconds during which the engine sampled nothing because of these weights."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Published:
     version: int
     canary: Canary
     wanted: np.ndarray
-    """The learner's log-probs of the canary: of all sequences, each without its first token."""
+    """The learner's log-probs of the canary: all sequences, each without its first token."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a sampler with the learner, on the canary."""
+    """Agreement of a sampler with the learner on the canary."""
 
     difference: float
     """Largest absolute difference of log-probs."""
     change: float | None = None
-    """Share of the learner's change that the sampler shows (about 1); None while it is too small to be measured."""
+    """Share of the learner's change that the sampler shows (about 1); None while it is too small to measure."""
 
     def metrics(self) -> dict[str, float]:
         change = {} if self.change is None else {"weights/canary_change": self.change}
@@ -82,16 +82,16 @@ class Agreement:
 
 
 def change_shown(learner: tuple[np.ndarray, np.ndarray], sampler: tuple[np.ndarray, np.ndarray]) -> float | None:
-    """Share of the learner's change of the canary that the sampler shows; None if noise may hide it.
+    """Return the share of the learner's change on the canary that the sampler shows; None if noise may hide it.
 
     `learner`, `sampler`: log-probs [T] before and after. With a the learner's change and b the sampler's, the share is
     (a.b) / (a.a): the slope of b over a. An engine with the new weights has b = a + noise, a slope of 1; one that kept
     the old ones has b = 0, a slope of 0 whatever the precision.
 
-    The slope's standard error is sqrt(2) s / |a|, where s is the noise of one log-prob: of both kernels' rounding.
-    The distance of both ends before, which contains it, stands for s: 1e-7 in fp32, about 0.01 in bfloat16. A change
-    is measured from 12 sqrt(2) s on, where 0.5 is six standard errors from both 0 and 1: neither an engine with old
-    weights passes, nor does one with new weights stop a long run by chance.
+    The slope's standard error is sqrt(2) s / |a|, where s is the noise of one log-prob, from both kernels' rounding.
+    The difference between both ends before the change includes this noise and serves as s: 1e-7 in fp32, about 0.01 in
+    bfloat16. A change is measured from 12 sqrt(2) s on, where 0.5 is six standard errors from both 0 and 1: an engine
+    with old weights does not pass, and one with new weights does not stop a long run by chance.
     """
     learners, samplers = (after.astype(np.float64) - before for before, after in (learner, sampler))
     distance = learner[0].astype(np.float64) - sampler[0]
@@ -104,18 +104,18 @@ def change_shown(learner: tuple[np.ndarray, np.ndarray], sampler: tuple[np.ndarr
 
 @dataclass
 class Proof:
-    """What one worker has proved so far; a new process begins a new one."""
+    """What one worker has proved so far; a new process starts with a new one."""
 
     last: WeightReceipt | None = None
     learners: np.ndarray | None = None
-    """[T] the learner's log-probs of the canary at the last publication whose change was measured, or the first."""
+    """[T] the learner's log-probs of the canary at the last publication whose change was measured, or at the first."""
     samplers: np.ndarray | None = None
-    """[T] the worker's own at that moment: small changes add up until they can be measured."""
+    """[T] the worker's log-probs at that moment: small changes add up until they can be measured."""
 
     def accept(
         self, who: str, published: Published, receipt: WeightReceipt, checksum: str | None, tolerance: float
     ) -> Agreement:
-        """`checksum`: the learner's, for a direct transfer.
+        """Check a receipt. `checksum`: the learner's, for a direct transfer.
 
         Raises WeightsNotLoadedError unless the receipt proves that worker `who` received these weights undamaged, has
         them in its parameters, and samples as the learner does.
@@ -156,9 +156,9 @@ class Proof:
         if self.last is None or self.last.loaded is None:
             return
         before = self.last.loaded
-        # Sharper than log-probs: at a learning rate of 1e-6 a step moves those of the embedded policy by 3e-4, and
-        # bfloat16's rounding by 3e-2; but it changes parameters' bits. Their sum need not be that of what came: shards,
-        # repacked copies, values that vLLM derives.
+        # More sensitive than log-probs: at a learning rate of 1e-6 a step moves those of the embedded policy by 3e-4,
+        # bfloat16's rounding by 3e-2; but a step changes the parameters' bits. Their sum need not equal that of what
+        # arrived, because of shards, repacked copies and values that vLLM derives.
         if loaded.arrived != before.arrived and loaded.held == before.held:
             raise WeightsNotLoadedError(
                 f"{what} arrived and is not what version {self.last.version} was, yet the engine's parameters are "

@@ -1,4 +1,4 @@
-"""Safetensors files written and read tensor by tensor, so that a whole model is never in memory for it."""
+"""Safetensors files written and read tensor by tensor, so that this never needs a whole model in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rlkit.weights.bundle import TensorMeta
 
 CHUNK_BYTES = 2**26
-"""Copied from a GPU, hashed and written at a time."""
+"""How much is copied from a GPU, hashed and written at a time."""
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -36,18 +36,18 @@ class WrittenFile:
     path: Path
     bytes: int
     blake2b: str
-    """Of 16 bytes, as checkpoints' manifests have it."""
+    """Hash of 16 bytes, as in checkpoints' manifests."""
 
 
 def file_bytes(metas: Sequence[TensorMeta]) -> int:
-    """Size of the file that `write_tensors` makes of them."""
+    """Return the size of the file that `write_tensors` writes for these tensors."""
     return len(_header(metas)) + sum(meta.bytes for meta in metas)
 
 
 def write_tensors(path: Path, metas: Sequence[TensorMeta], tensors: Iterable[tuple[str, Tensor]]) -> WrittenFile:
     """Write `tensors`, which come in the order of `metas`, from any device; hash what is written.
 
-    Raises ValueError for a tensor that is not the one announced, OSError as the file system does.
+    Raises ValueError for a tensor other than the one announced, and the file system's OSError.
     """
     digest, size = hashlib.blake2b(digest_size=16), 0
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as beside:
@@ -72,12 +72,12 @@ def _pieces(metas: Sequence[TensorMeta], tensors: Iterable[tuple[str, Tensor]]) 
         for chunk in flat.split(CHUNK_BYTES):
             if chunk.numel():
                 yield memoryview(chunk.cpu().numpy())
-    for name, _ in arriving:  # runs a generator to its end, too
+    for name, _ in arriving:  # this also runs a generator to its end
         raise ValueError(f"{name} came after the last tensor that was announced")
 
 
 def _header(metas: Sequence[TensorMeta]) -> bytes:
-    """Length (8 bytes), JSON, padding to 8 bytes: https://huggingface.co/docs/safetensors#format."""
+    """Return length (8 bytes), JSON, padding to 8 bytes: https://huggingface.co/docs/safetensors#format."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for meta in metas:
@@ -93,9 +93,9 @@ def _header(metas: Sequence[TensorMeta]) -> bytes:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping that reads a tensor when it is asked for, and keeps none.
+    """A safetensors file as a mapping that reads a tensor on access, and keeps none.
 
-    The tensors lie in the system's file cache, which all processes of a node share: copy before changing them.
+    The tensors are in the system's file cache, which all processes of a node share: copy before changing them.
     """
 
     def __init__(self, path: Path) -> None:

@@ -32,11 +32,11 @@ from rlkit.serving.http.queue import BusyError, ScoringQueue
 
 SHOWN_PROBLEMS = 5
 CLOSE = {"Connection": "close"}
-"""For answers before the whole body was read: the rest is not read."""
+"""For answers sent before the whole body was read: the rest is not read."""
 
 
 class Access:
-    """A request must carry the token or, without one, be addressed to this machine."""
+    """Requires a request to carry the token or, if there is none, to be addressed to this machine."""
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self._app, self._token = app, token
@@ -50,7 +50,7 @@ class Access:
         if self._token is None:
             if is_loopback(host_name(request.headers.get("host", ""))):
                 return None
-            # A browser would let in a web page whose name was made to point at 127.0.0.1.
+            # Otherwise a web page whose name was made to point at 127.0.0.1 could send requests from a browser.
             return _error(403, "without a token this server answers only to localhost and loopback addresses", CLOSE)
         credentials = await self._bearer(request)
         if credentials and same_token(credentials.credentials, self._token):
@@ -60,7 +60,7 @@ class Access:
 
 
 def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASGIApp:
-    """`description` is the constant part of /health."""
+    """Return the web application. `description`: the constant part of /health."""
 
     async def score(request: Request) -> Response:
         began = time.perf_counter()
@@ -70,7 +70,7 @@ def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASG
         return response
 
     async def health() -> Response:
-        up = any(worker.usable for worker in queue.workers)  # if none could be started, the next request tries again
+        up = any(worker.usable for worker in queue.workers)  # if none could start, the next request tries again
         workers = [worker.health() for worker in queue.workers]
         now = description.model_copy(update={"status": "ok" if up else "down", "workers": workers})
         return Response(now.model_dump_json(), 200 if up else 503, media_type="application/json")
@@ -95,7 +95,7 @@ def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASG
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Raise HTTPException before reading more than `limit` bytes."""
+    """Read the body. Raises HTTPException before reading more than `limit` bytes."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "this server reads application/json")
     body, length = bytearray(), request.headers.get("content-length", "0")
@@ -104,7 +104,7 @@ async def _body(request: Request, limit: int) -> bytes:
         raise HTTPException(413, too_large)
     async for chunk in request.stream():
         body += chunk
-        if len(body) > limit:  # it came without Content-Length
+        if len(body) > limit:  # sent without Content-Length
             raise HTTPException(413, too_large)
     return bytes(body)
 

@@ -1,4 +1,4 @@
-"""A served reward in a process without Ray, which saves 3 s at the start and 500 MB."""
+"""A served reward in a process without Ray, which saves 3 s at start-up and 500 MB."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from rlkit.experience.scores import RewardFailed, ScoreReport
 from rlkit.models.folder import PREFIX, model_folder
 
 CLOSE_SECONDS = 5.0
-"""How long a reward may take to free what it holds."""
+"""How long a reward may take to free its resources."""
 EDGE_BYTES = 2**20
-"""Of large files, only this much at both ends is hashed: other weights differ there."""
+"""Only this much at both ends of large files is hashed: different weights differ there."""
 
 
 class WorkerBrokenError(Exception):
-    """The process has been killed; the message is the samples' reason."""
+    """Raised after the process was killed; the message is the samples' reason."""
 
 
 class RewardProcess:
-    """Hosts a reward; restarted when needed. One call at a time, from one event loop; its deadline kills the
-    process."""
+    """Hosts a reward; restarted when needed. One call at a time, from one event loop; a call that misses its deadline
+    kills the process."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, startup_timeout: float, timeout: float
     ) -> None:
-        """Deadlines in seconds."""
+        """`startup_timeout`, `timeout`: deadlines in seconds."""
         self._arguments = (target, dict(options), context)
         self._startup_timeout, self._timeout = startup_timeout, timeout
         self._process: Any = None
@@ -73,7 +73,7 @@ class RewardProcess:
         }
 
     async def start(self) -> None:
-        """Load the reward and score a first group; raise RewardFailed."""
+        """Load the reward and score a first group. Raises RewardFailed."""
         self.usable = False
         self.kill()
         target = self._arguments[0]
@@ -109,7 +109,7 @@ class RewardProcess:
     ) -> tuple[list[GroupScores], ScoreReport]:
         """Return the groups' scores within `client_seconds`, after which nobody waits for them.
 
-        Raise WorkerBrokenError, or RewardFailed if the process cannot be restarted.
+        Raises WorkerBrokenError, or RewardFailed if the process cannot be restarted.
         """
         if not self.alive:
             await self.start()
@@ -146,7 +146,7 @@ class RewardProcess:
         self._process = None
 
     async def _exchange(self, message: Any, seconds: float) -> Any:
-        """Send `message` unless None, and receive. Raise TimeoutError or EOFError; the process is then dead."""
+        """Send `message` unless it is None, and receive. Raises TimeoutError or EOFError; the process is then dead."""
         connection, process = self._connection, self._process
 
         def talk() -> Any:
@@ -194,7 +194,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
         began = time.perf_counter()
         group = _first_group(target, options)
         _, report = worker.score(None, [group])
-        if report.error and not group.prompt.columns:  # of columns, only the names are known: invented values may fail
+        if report.error and not group.prompt.columns:  # only the columns' names are known: made-up values may fail
             raise RuntimeError(f"its self-test failed: {_last_line(report.error)}")
         connection.send(_self_test(report, time.perf_counter() - began))
     except Exception as error:
@@ -216,7 +216,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
 
 
 def _first_group(target: str, options: Mapping[str, Any]) -> Group:
-    """What the reward needs: a right and a wrong answer to 6 times 7."""
+    """Return a group with what the reward needs: a right and a wrong answer to 6 times 7."""
     cls = import_part("reward", target)
     columns = cls.traits(cls.Config(**options)).columns
     prompt = Prompt(
@@ -231,7 +231,7 @@ def _first_group(target: str, options: Mapping[str, Any]) -> Group:
 
 
 def _self_test(report: ScoreReport, seconds: float) -> dict[str, Any]:
-    """For /health. Invalid scores are no failure: the group may lack what this reward looks for."""
+    """Return the result for /health. Invalid scores are no failure: the group may lack what this reward looks for."""
     result: dict[str, Any] = {"seconds": round(seconds, 3), "samples": report.samples, "invalid": dict(report.examples)}
     if report.error:
         result["error"] = _last_line(report.error)
@@ -243,7 +243,7 @@ def _last_line(traceback_text: str) -> str:
 
 
 def model_version(reward: Mapping[str, Any]) -> str:
-    """Changes with the class, its options, rlkit's version and the content of model folders."""
+    """Return a text that changes with the class, its options, rlkit's version and the content of model folders."""
     digest = hashlib.sha256(rlkit.__version__.encode())
     digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
     for folder in sorted(set(_folders(reward))):
@@ -267,7 +267,7 @@ def _folders(value: Any) -> Iterator[Path]:
         folder = model_folder(value)
         try:
             is_model = (folder / "config.json").is_file()
-        except OSError:  # no path: a text with a `/`, longer than a file's name may be
+        except OSError:  # not a path but a text with a `/`, too long for a file name
             return
         if is_model:
             yield folder

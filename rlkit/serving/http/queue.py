@@ -1,4 +1,4 @@
-"""Requests that wait for a reward process: bounded, batched where they fit, dropped when nobody waits."""
+"""Requests waiting for a reward process: bounded, batched where they fit, dropped when nobody waits any more."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 LONGEST_RETRY_SECONDS = 60
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-"""Bounds of the histograms."""
+"""Bucket bounds of the histograms."""
 MOST_REASONS = 50
-"""Rewards word their reasons: a new one for every sample must not fill the memory."""
+"""Rewards choose the wording of reasons: a new one for every sample must not fill the memory."""
 
 
 class ServerMetrics:
@@ -66,18 +66,18 @@ class ServerMetrics:
 
 
 class BusyError(Exception):
-    """No answer now; try again after `retry_seconds`."""
+    """Raised if there is no answer now; try again after `retry_seconds`."""
 
     def __init__(self, message: str, retry_seconds: int, status: int = 503) -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
         self.status = status
-        """HTTP: 429 if too much is asked, 503 if the server cannot answer."""
+        """HTTP status: 429 for too many requests, 503 if the server cannot answer."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Scored together (samples, tokens), and waiting."""
+    """Limits on what is scored together (samples, tokens), and on waiting samples."""
 
     samples: int
     tokens: int
@@ -106,7 +106,7 @@ class ScoringQueue:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Raise RewardFailed if a process cannot start; the others are then ended."""
+        """Start the processes. Raises RewardFailed if one cannot start; the others are then ended."""
         results = await asyncio.gather(*(worker.start() for worker in self.workers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -124,7 +124,7 @@ class ScoringQueue:
         await asyncio.gather(*(worker.close() for worker in self.workers))
 
     async def score(self, groups: list[Group], wait_seconds: float | None) -> list[GroupScores]:
-        """Return the groups' scores; raise BusyError without room, process or time."""
+        """Return the groups' scores. Raises BusyError if there is no room, process or time."""
         samples = sum(len(group.samples) for group in groups)
         if not groups:
             return []
@@ -144,7 +144,7 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """A process that a call has killed is replaced before the next request."""
+        """Serve requests with a process; one that a call has killed is replaced before the next request."""
         while True:
             jobs: list[_Job] = []
             try:
@@ -157,7 +157,7 @@ class ScoringQueue:
                 log.error("%s", error)
                 for job in jobs:
                     _fail(job, BusyError(str(error), 5))
-            except Exception as error:  # a bug: later requests need this loop all the same
+            except Exception as error:  # a bug, but later requests still need this loop
                 log.exception("scoring %d requests failed", len(jobs))
                 for job in jobs:
                     _fail(job, BusyError(f"the server failed: {type(error).__name__}: {error}", 5))
@@ -188,13 +188,13 @@ class ScoringQueue:
                     return jobs
 
     def _abandoned(self, job: _Job) -> bool:
-        """Whether nobody waits for the job any more; if so, end it."""
+        """Return whether nobody waits for the job any more; if so, end it."""
         if time.monotonic() > job.deadline:
             _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
         return job.result.done()
 
     async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
-        """If the process does not survive, score each job alone to lose only the culprit."""
+        """Score jobs in one call; if the process does not survive, score each alone to lose only the culprit."""
         try:
             scored = await self._call(worker, [group for job in jobs for group in job.groups])
         except WorkerBrokenError as broken:
@@ -207,8 +207,8 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
-        """Retry no longer than the client waits."""
-        # The first try is not cut short: it may have waited long in the queue, and the process works.
+        """Retry a job for no longer than its client waits."""
+        # The first try has no such limit: it may have waited long in the queue, and the process works.
         if not worker.alive and not self._abandoned(job):
             await worker.start()
         if self._abandoned(job):

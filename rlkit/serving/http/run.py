@@ -1,4 +1,4 @@
-"""A reward server: its configuration (the reward's and the section `serve`), its start and its end."""
+"""A reward server: its configuration (the reward's and the section `serve`), start and end."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class ServeConfig(Section):
     """The server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any but this machine's loopback needs `serve.token_env`."""
+    """Address to listen on. Any address other than this machine's loopback needs `serve.token_env`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 picks a free one and prints it."""
     token_env: str | None = None
     """Environment variable with the token that every request must carry (Authorization: Bearer ...)."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -54,17 +54,17 @@ class ServeConfig(Section):
     threads: int = Field(default=2, ge=1)
     """CPU threads of each reward process."""
     max_batch_samples: int = Field(default=256, ge=1)
-    """Waiting requests are scored together up to this many samples, also the most of one request."""
+    """Waiting requests are scored together up to this many samples; also the limit of one request."""
     max_batch_tokens: int = Field(default=262144, ge=1)
-    """And up to this many tokens; a single larger request is scored alone."""
+    """Waiting requests are scored together up to this many tokens; a single larger request is scored alone."""
     max_queued_samples: int = Field(default=4096, ge=1)
-    """Samples that may wait; a request beyond that is answered 429 and should be tried again."""
+    """Number of samples that may wait; a request beyond that is answered 429 and should be retried."""
     max_body_mib: float = Field(default=64.0, gt=0)
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
     """Concurrent requests; further ones are answered 503."""
     startup_timeout_seconds: Deadline = 600.0
-    """Time to load the reward and judge a first group, also when its process is replaced."""
+    """Time to load the reward and score a first group, also when its process is replaced."""
     end_seconds: float = Field(default=10.0, gt=0)
     """Time for open requests to finish after Ctrl-C or SIGTERM."""
 
@@ -82,7 +82,7 @@ class ResolvedServe:
 
     @property
     def learns(self) -> bool:
-        """Served, it stays as it is."""
+        """Whether the reward would learn in a run; a served reward does not change."""
         cls = self.reward_class
         return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
 
@@ -103,7 +103,7 @@ def print_help(usage: str) -> None:
 
 
 def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
-    """Resolve Hydra overrides; raise ConfigError with every problem."""
+    """Resolve Hydra overrides. Raises ConfigError with every problem."""
     loading = _ServeLoading(arguments)
     loading.validate()
     loading.check()
@@ -111,7 +111,7 @@ def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
 
 
 class _ServeLoading(Loading):
-    """The reward as in a run, from the same option files; no other part or section."""
+    """Loads the reward as in a run, from the same option files, but no other component or section."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         used: list[str] = []
@@ -195,7 +195,7 @@ def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | 
 def serve(resolved: ResolvedServe) -> None:
     """Load the reward, serve until Ctrl-C or SIGTERM, end everything.
 
-    Raise ConfigError if the port is taken, RewardFailed if the reward cannot start.
+    Raises ConfigError if the port is taken, RewardFailed if the reward cannot start.
     """
     with _listening(resolved.serve) as listener:
         asyncio.run(_serve(resolved, listener))
@@ -203,7 +203,7 @@ def serve(resolved: ResolvedServe) -> None:
 
 @contextlib.contextmanager
 def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
-    """Before the reward is loaded; connections are accepted later. Raise ConfigError."""
+    """Bind the port before the reward is loaded; connections are accepted later. Raises ConfigError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -286,7 +286,7 @@ def _description(resolved: ResolvedServe) -> Health:
 
 
 class _Server(uvicorn.Server):
-    """Signals are handled here, also while the reward loads; uvicorn would raise them again at its end."""
+    """Leaves signals to this module, also while the reward loads; uvicorn would raise them again at its end."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -294,7 +294,7 @@ class _Server(uvicorn.Server):
 
 
 def _end_on_signals(server: _Server) -> asyncio.Future[None]:
-    """Set at the first signal, after which open requests may finish; a second Ctrl-C ends them."""
+    """Return a future set at the first signal, after which open requests may finish; a second Ctrl-C ends them."""
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[None] = loop.create_future()
 
