@@ -1,6 +1,6 @@
 """Computes log-probs, head scores, hidden states and embeddings of token sequences under a frozen model.
 
-An example of a reward that uses it:
+A reward built on it:
 
     class Likelihood(Reward):
         class Config(RewardConfig):
@@ -15,7 +15,7 @@ An example of a reward that uses it:
             values = [[float(next(logprobs).mean()) for _ in group.samples] for group in groups]
             return [GroupScores(tuple(map(Score, of_group))) for of_group in values]
 
-Sequences are passed as trees: shared prefixes are computed once, and nothing is padded. Log-probs are those of the
+Sequences come as trees: shared prefixes are computed once, and nothing is padded. Log-probs are those of the
 suffixes: log p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
 `rlkit.data.rendering.load_tokenizer`.
 """
