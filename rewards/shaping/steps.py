@@ -213,7 +213,7 @@ class ClipStd(RunningStep):
 
 
 class MinMax(RunningStep):
-    """(r - least) / (greatest - least) with running extremes."""
+    """(r - min) / (max - min) with running extremes."""
 
     kind: str = "minmax"
 
