@@ -1,8 +1,8 @@
-"""Which architectures train right: the self-test of rlkit/models/selftest.py on tiny random models of transformers.
+"""Checks which architectures train correctly: rlkit/models/selftest.py on tiny random models of transformers.
 
 python benchmarks/architectures.py            prints the table
 python benchmarks/architectures.py --write    writes docs/models.md's table and rlkit/models/architectures.json
-python benchmarks/architectures.py qwen2 ...  some model types only
+python benchmarks/architectures.py qwen2 ...  only some model types
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Set where a configuration has the field, and it is not None."""
+"""Values that are set if a configuration has the field and it is not None."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _tiny(cls: Any, fields: dict[str, Any]) -> Any:
     }
     if (hasattr(cls, "head_dim") or "head_dim" in chosen) and not isinstance(getattr(cls, "head_dim", None), property):
         chosen["head_dim"] = chosen.get("qk_rope_head_dim", 16)
-    if "qk_rope_head_dim" in chosen:  # MLA: as many keys as queries
+    if "qk_rope_head_dim" in chosen:  # MLA: as many key heads as query heads
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
     fields = dict(fields)
     for name in getattr(cls, "sub_configs", {}):
@@ -264,7 +264,7 @@ def _get(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except AttributeError:
         return None
-    except Exception:  # a field that layers have of different sizes
+    except Exception:  # a field whose size differs between layers
         return True
 
 
@@ -272,7 +272,7 @@ def _get(config: Any, name: str) -> Any:
 class Result:
     row: Row
     attention: str
-    """Empty if refused."""
+    """Empty if the architecture is refused."""
     why: str
 
     @property

@@ -1,18 +1,18 @@
-"""Asynchronous rollouts on a virtual clock: the real producer, pool and buffer beside other schedules.
+"""Compares asynchronous rollouts (the real producer, pool and buffer) with other schedules on a virtual clock.
 
     python benchmarks/asynchrony.py           # the table of docs/performance.md; --write puts it there, with a picture
     python benchmarks/asynchrony.py --quick   # for the gate
 
-Schedules, all over the same response lengths and the same machine (benchmarks/simulation.py):
+All schedules use the same response lengths and the same machine (benchmarks/simulation.py):
 
 - `synchronous`: `trainer.max_staleness=0`.
-- `one-step-off`: the next round samples while the last one trains, and engines finish it before new weights come.
+- `one-step-off`: the next round is sampled while the last one trains, and finished before engines get new weights.
 - `rlkit`: `trainer.max_staleness=k`.
-- `best`: an ideal of the same order and bound. Samples move between engines at no cost, so that all run equally many,
-  and everything is known at once; of several limits to how many run, the fastest. It does not know lengths.
-- `limit`: what no schedule of this order and bound can beat, not even one that knows all lengths: every sample alone on
-  an engine from the moment that the bound allows; engines always as full as they can be; publishing beside the update.
-- `ready-first`: the learner takes whatever is ready, and drops what has become older than k.
+- `best`: an ideal with the same order and bound. Samples move between engines at no cost, so that all run equally many,
+  and all news arrives at once. It uses the fastest of several limits on running samples, but does not know lengths.
+- `limit`: what no schedule with this order and bound can beat, even if it knows all lengths: every sample alone on an
+  engine from the moment that the bound allows; engines always as full as possible; publishing during the update.
+- `ready-first`: the learner takes whatever is ready and drops groups that have become older than k.
 
 Prints the table and, as the last line, JSON. Exits with 1 if a bar is missed.
 """
@@ -44,11 +44,11 @@ from rlkit.experience.waiting_buffer import WaitingBuffer
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BOUNDS = (1, 2, 4)
 SHARES_OF_PLACES = (0.25, 0.5, 0.75, 1.0)
-"""Limits that the best schedule is chosen from."""
+"""Limits on running samples, from which the best schedule is chosen."""
 
 
 def sampling_seconds(case: Case, lengths: Sequence[int]) -> float:
-    """Of one engine that is given all these responses at once."""
+    """Return the time of one engine that gets all these responses at once."""
     waiting, running, decoded, seconds = deque(lengths), [], 0.0, 0.0
     while waiting or running:
         while waiting and len(running) < case.places:
@@ -59,7 +59,7 @@ def sampling_seconds(case: Case, lengths: Sequence[int]) -> float:
 
 
 def in_rounds(case: Case, overlap: bool) -> float:
-    """Seconds per step of rounds that are dealt out at their start; `overlap`: sampled beside the update."""
+    """Return seconds per step if each round is distributed at its start; `overlap`: it is sampled during the update."""
     steps = []
     for step in range(case.uncounted, case.steps):
         groups = case.lengths[step * case.groups_per_step : (step + 1) * case.groups_per_step]
@@ -71,7 +71,7 @@ def in_rounds(case: Case, overlap: bool) -> float:
 
 
 class Ideal:
-    """All engines as one, whose samples run at the speed of an engine with their mean number."""
+    """All engines as one; samples run at the speed of an engine that has the mean number of samples."""
 
     def __init__(self, case: Case, places: float) -> None:
         self.case, self.places = case, int(places * case.engines)
@@ -81,7 +81,7 @@ class Ideal:
         self.left = dict.fromkeys(range(1, case.steps + case.staleness + 2), case.groups_per_step * case.samples)
         self.whole_at: dict[int, float] = {}
         self.waiting: deque[tuple[int, int]] = deque()
-        """Length, step."""
+        """Length and step of each sample."""
         self.allowed = 0
 
     def allow(self, step: int) -> None:
@@ -91,7 +91,7 @@ class Ideal:
         self.allowed = step
 
     def sample(self, until: float | None, whole: int | None = None) -> None:
-        """Until a moment, or until a step is whole."""
+        """Sample until a moment, or until a step is complete."""
         while self.now != until and not (until is None and whole in self.whole_at):
             while self.waiting and len(self.running) < self.places:
                 length, step = self.waiting.popleft()
@@ -126,8 +126,8 @@ def best(case: Case) -> float:
 
 
 def limit(case: Case) -> float:
-    """Seconds per step. Step t cannot begin before version t - 1 - k is published; the engines together cannot decode
-    faster than when all that the bound allows runs, spread evenly; a sample cannot be faster than alone."""
+    """Return seconds per step. Step t cannot begin before version t - 1 - k is published; the engines cannot decode
+    faster than with all samples that the bound allows, spread evenly; no sample is faster than alone on an engine."""
     n, k = case.groups_per_step, case.staleness
     most = min(case.places, case.groups * case.samples * (k + 1))
     rate = case.engines * most / case.token_seconds(most)
@@ -145,12 +145,12 @@ def limit(case: Case) -> float:
 
 
 def oldest(group: Group) -> int:
-    """The oldest policy version that any of its tokens came from."""
+    """Return the oldest policy version that any of the group's tokens came from."""
     return min(sample.policy_versions[0] for sample in group.samples)
 
 
 class ReadyFirst:
-    """In place of `ExperienceBuffer`: groups in the order in which they are ready, the stale ones dropped."""
+    """Replaces `ExperienceBuffer`: returns groups in the order in which they become ready, and drops stale ones."""
 
     def __init__(self, case: Case) -> None:
         self.n, self.max_staleness = case.groups_per_step, case.staleness
@@ -194,7 +194,7 @@ def ready_first(case: Case) -> WaitingBuffer:
 
 
 def length_ratio(case: Case, run: Run, groups: int) -> float:
-    """Mean length of what was trained, to that of the first groups asked for."""
+    """Return the mean length of trained responses, divided by that of the first groups requested."""
     return float(np.mean(run.lengths) / case.lengths[:groups].mean())
 
 
@@ -202,18 +202,18 @@ def length_ratio(case: Case, run: Run, groups: int) -> float:
 class Row:
     name: str
     synchronous: float
-    """Seconds per step, as the others."""
+    """Seconds per step, as for the other schedules."""
     one_step_off: float
     rlkit: dict[int, float]
-    """By staleness bound."""
+    """Seconds per step by staleness bound."""
     best: dict[int, float]
     limit: dict[int, float]
     staleness: dict[int, float]
-    """Mean of first tokens."""
+    """Mean staleness of first tokens, by bound."""
     dropped: int
     length_ratio: dict[int, float]
     ready_first: tuple[float, float, float]
-    """Seconds, share of dropped groups, length ratio, at k=2."""
+    """Seconds per step, share of dropped groups and length ratio, at k=2."""
 
 
 def measure(name: str, case: Case) -> Row:
@@ -254,13 +254,13 @@ ROWS = {
     "an evaluation every 2 steps": replace(TAILS, evaluate_every=2),
     "1,024 engines, 4 groups": Case(engines=1024, steps=8, uncounted=4),
 }
-"""Long tails unless it says otherwise; 8 engines with 16 groups where no number stands."""
+"""Rows have long tails unless their name says otherwise, and 8 engines with 16 groups if it has no numbers."""
 QUICK = {name: ROWS[name] for name in ("8 engines, 4 groups", "8 engines, 16 groups")}
 TAILED = [name for name in ROWS if "engines, 4 groups" in name or "engines, 16 groups" in name]
-"""What the bars of speed are for: in the other rows even the best schedule is below that of k=1, or near it."""
+"""Rows that the speed bars apply to; in the others even the best schedule is below, or close to, the bar for k=1."""
 BARS = {"speedup_k1": 1.8, "speedup_k2": 2.3, "share_of_best": 0.95}
 LONGER = 0.02
-"""Largest deviation of the mean trained length from what was sampled."""
+"""Largest relative deviation of the mean trained length from the mean sampled length."""
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -304,7 +304,7 @@ def picture(row: Row) -> list[str]:
 
 
 def write(rows: Sequence[Row]) -> None:
-    """Into the page, between the marks."""
+    """Write the table into the page, between the marks."""
     start, end = "<!-- table: benchmarks/asynchrony.py --write -->", "<!-- end of table -->"
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(start)
@@ -319,7 +319,8 @@ def write(rows: Sequence[Row]) -> None:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The worst of all rows; of speed, of those with long tails alone; of the best, of those whose best knows all."""
+    """Return the worst figures of all rows; speedups only of TAILED rows, share_of_best only of those without deaths or
+    evaluations, which `best` does not take into account."""
     tailed = [row for row in rows if row.name in TAILED]
     known = [row for row in rows if not (ROWS[row.name].death_every or ROWS[row.name].evaluate_every)]
     return {

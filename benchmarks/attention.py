@@ -1,9 +1,10 @@
-"""Seconds of attention, forward and backward, where the prompt of a group attends once and where it does per sample.
+"""Times attention, forward and backward, with a group's prompt computed once and with it computed for each sample.
 
     python benchmarks/attention.py     # the shapes of W1 and W2 (benchmarks/speed.py), and of a long prompt
 
-Also the queries and keys that attention holds, padding included, as multiples of the packed tokens. Prints a JSON line
-for each shape. Both ways alternate, and seconds are the least CPU time of all repeats: the machine may be shared.
+Also gives the queries and keys that attention holds, including padding, as multiples of the packed tokens. Prints a
+JSON line for each shape. Both ways alternate, and seconds are the minimum CPU time over all repeats, because the
+machine may be shared.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlkit.models import packing
 from rlkit.models.attention import packed_attention
 
 SHAPES = {
-    # prompts, prompt tokens, samples, mean and greatest response tokens, heads, key heads, head width
+    # prompts, prompt tokens, samples, mean and maximum response tokens, heads, key heads, head width
     "demo": (8, 7, 8, 6, 12, 4, 4, 32),
     "W1": (8, 60, 8, 26, 32, 4, 4, 32),
     "W2": (8, 60, 8, 80, 256, 12, 12, 32),

@@ -1,4 +1,4 @@
-"""Parts that only benchmarks use: controls whose reward says nothing about the answer, and a reward without cost."""
+"""Parts that only benchmarks use: controls whose reward is unrelated to the answer, and a reward that costs nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlkit.experience import Group, GroupScores, Score
 
 
 class ShuffledReferences(Arithmetic):
-    """The embedded task, but every training problem carries the references of another one."""
+    """The embedded task, but every training problem has the references of another one."""
 
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
-        """Held-out problems stay as they are: they are judged by their gold answers only."""
+        """Shuffle references; held-out problems are unchanged, because only their gold answers are used."""
         problems, bad = super().load(split)
         if split == "train":
             others = list(problems)
@@ -30,7 +30,7 @@ class ShuffledReferences(Arithmetic):
 
 
 class ShuffledRewards(EnvironmentReward):
-    """What the environment gave, dealt anew among the samples of each group: the same rewards, at random."""
+    """The environment's rewards, shuffled randomly among the samples of each group."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         shuffled = []
@@ -38,13 +38,13 @@ class ShuffledRewards(EnvironmentReward):
             values = [score.value for score in scores.samples]
             random.Random(group.id).shuffle(values)
             pairs = zip(scores.samples, values, strict=True)
-            # Turns' rewards belong to the tokens of their own sample, so they are left out.
+            # Turns' rewards belong to the tokens of their own sample, so they are dropped.
             shuffled.append(GroupScores(tuple(replace(score, value=v, span_rewards=()) for score, v in pairs)))
         return shuffled
 
 
 def write_random_discriminator(trained: Path, folder: Path, seed: int) -> Path:
-    """A discriminator of the trained one's shape and tokenizer with freshly drawn weights."""
+    """Write a discriminator with the trained one's shape and tokenizer and new random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,10 +55,10 @@ def write_random_discriminator(trained: Path, folder: Path, seed: int) -> Path:
 
 
 class LetterReward(Reward):
-    """Share of lower-case letters: costs nothing, so that a benchmark times the framework alone."""
+    """Share of lower-case letters. It costs nothing, so that a benchmark times only the framework."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """See the class."""
+        """Score as the class says."""
         return [GroupScores(tuple(_letters(sample.text) for sample in group.samples)) for group in groups]
 
 

@@ -1,7 +1,7 @@
-"""Peak memory of reading data: `python benchmarks/data_memory.py [MIB] [IN_MEMORY_MIB]`.
+"""Measures the peak memory of reading data: `python benchmarks/data_memory.py [MIB] [IN_MEMORY_MIB]`.
 
 Makes a file of preference pairs of MIB mebibytes (1 to 3 kB a row), reads and renders it as a run does, draws prompts,
-and prints what the process took. IN_MEMORY_MIB: up to how much of it stays in memory (rlkit/data/stored.py).
+and prints the memory that the process used. At most IN_MEMORY_MIB of the data stay in memory (rlkit/data/stored.py).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What episodes cost beside single-turn rollouts of equal tokens, on one engine in this process.
+"""Measures what episodes cost compared with single-turn rollouts of equal tokens, on one engine in this process.
 
     python benchmarks/episodes.py                         # embedded:agent, 128 episodes of 8 turns with 8 tokens each
-    python benchmarks/episodes.py --turns 24 --tokens 2   # as many short ones as a walk through a maze has
+    python benchmarks/episodes.py --turns 24 --tokens 2   # many short turns, as in a walk through a maze
 
-Three kinds of work, one after the other and again, over the same tokens: `episodes`, with an environment in the rollout
-worker that says the same after every turn; `requests`, the very turns of these as single-turn rollouts of the
-same prompts and seeds in waves, so that the engine's work is the same; `long`, one response of as many tokens. No turn
-ends before its budget. Medians over the repeats, in seconds of the wall and of this process's CPU; the engine's are
-those inside vLLM. `overhead` is what `episodes` take beyond `requests`. Prints one JSON line.
+Three kinds of work alternate over the same tokens. `episodes`: an environment in the rollout worker that says the same
+after every turn. `requests`: the same turns as single-turn rollouts of the same prompts and seeds, in waves, so that
+the engine does the same work. `long`: one response of as many tokens. No turn ends before its budget. Figures are
+medians over the repeats, in wall-clock seconds and in CPU seconds of this process; those of the engine are the time
+inside vLLM. `overhead` is the time of `episodes` beyond that of `requests`. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUPS, SAMPLES = 16, 8
 
 
 class Echo(Environment):
-    """Answers every turn alike, and never ends by itself."""
+    """Answers every turn with the same text and never ends by itself."""
 
     @classmethod
     def tasks(cls, config: Any, split: str, seed: int) -> Sequence[Task]:
@@ -47,7 +47,7 @@ class Echo(Environment):
 
 
 class Engine:
-    """Counts what passes through a worker's sampler, and the time that it takes."""
+    """Counts the tokens that pass through a worker's sampler, and the time they take."""
 
     def __init__(self, sampler: Any) -> None:
         self.asked: list[Any] = []
@@ -144,7 +144,7 @@ def _own_tokens(groups: Sequence[Group]) -> list[list[int]]:
 
 
 def _joined(groups: Sequence[Group]) -> list[list[int]]:
-    """The turns of each sample behind each other."""
+    """Return the turns of each sample, concatenated."""
     turns: dict[str, dict[int, list[int]]] = defaultdict(dict)
     for group in groups:
         sample, _, turn = group.id.rpartition(":")
@@ -153,7 +153,7 @@ def _joined(groups: Sequence[Group]) -> list[list[int]]:
 
 
 def without_end(model: str, folder: Path) -> Path:
-    """A copy of the model whose configuration names no token that ends a response: vLLM would stop at it."""
+    """Copy the model with a configuration that names no end-of-sequence token, because vLLM would stop at it."""
     from rlkit.models.folder import model_folder
 
     shutil.copytree(model_folder(model), folder)
@@ -175,7 +175,7 @@ async def measure(model: str, turns: int, tokens: int, repeats: int, scratch: Pa
         f"rollout.max_response_tokens={turns * (tokens + 32)}", "rollout.memory_gib=0.5",
     ]  # fmt: skip
     config = load_config(words).config
-    # One of `requests` is a group of one sample, and brings the seed of its turn.
+    # Each of `requests` is a group of one sample, and carries the seed of its turn.
     rlkit.rollout.worker.sample_seed = lambda seed, group, index: seed if ":" in group else hash((seed, group, index))
     screen = os.dup(1), os.dup(2)
     worker = rlkit.rollout.worker.RolloutWorker(str(folder), config, str(scratch / "worker.log"), 0)

@@ -1,12 +1,12 @@
-"""Has something become slower? Ratios of the benchmarks beside those that were committed, never seconds.
+"""Checks whether anything became slower: compares the benchmarks' ratios, never seconds, with the committed ones.
 
     make bench                            # a few minutes
-    python -m benchmarks.gate --quick     # in CI: fewer steps, synchronous training alone
-    python -m benchmarks.gate --accept    # write benchmarks/expected.json anew, for a change that is meant
+    python -m benchmarks.gate --quick     # in CI: fewer steps, only synchronous training
+    python -m benchmarks.gate --accept    # rewrite benchmarks/expected.json, for an intended change
 
-A ratio is of CPU seconds of rlkit to CPU seconds of the same work without a framework, measured one after the other
-(benchmarks/speed.py), so a machine's speed cancels out and other jobs on it matter little. What is above its tolerance
-is measured once more, and the lower value counts. Exits with 1 if anything is slower than it may be.
+A ratio is rlkit's CPU seconds divided by the CPU seconds of the same work without a framework, measured one after the
+other (benchmarks/speed.py), so the machine's speed cancels out and other jobs on it matter little. A ratio above its
+tolerance is measured once more, and the lower value counts. Exits with 1 if anything is slower than allowed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks.speed import Benchmark, Figures, measure
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = ROOT / "benchmarks" / "expected.json"
 ASYNCHRONY = ROOT / "benchmarks" / "asynchrony.py"
-"""Asserts its own figures: they are simulated, and the same everywhere."""
+"""Checks its own figures, which are simulated and so the same on every machine."""
 STEPS = {"quick": 12, "whole": 24}
-"""More of them in one round, not more rounds: most of a round's time is the start."""
+"""Many steps in one round rather than many rounds, because most of a round's time is the start."""
 RATIOS = {
     "generate": "the sampler's CPU seconds over those of bare vLLM",
     "update": "the learner's CPU seconds over those of bare torch",
@@ -51,7 +51,7 @@ def ratios(figures: Mapping[str, Figures]) -> Ratios:
 
 
 def slower(now: Ratios, expected: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What is above its tolerance, in words; and what nobody expects yet."""
+    """Describe ratios above their tolerance, and ratios without an expected value."""
     lines = []
     for name, value in sorted(now.items()):
         side, _, kind = name.partition("/")

@@ -1,12 +1,12 @@
-"""Does it learn, and honestly? Held-out accuracy before and after training, per reward, with controls.
+"""Checks that training improves held-out accuracy, and does so honestly: before and after, per reward, with controls.
 
     python benchmarks/learning.py                       # 3 seeds of each setting; writes docs/results.md
     python benchmarks/learning.py --only rloo           # only settings with this in their name; keeps the other rows
-    python benchmarks/learning.py --seeds 0 --no-table  # prints, and leaves docs/results.md alone
+    python benchmarks/learning.py --seeds 0 --no-table  # prints, and does not change docs/results.md
 
-Each run is `python -m rlkit.train` in a process of its own, one after the other. Accuracy is always judged by the rule
-verifier (in games it is their success), at temperature 1, on the same held-out problems. A setting's row is written as
-soon as it is complete. The exit code is 1 if a row misses its bar.
+Each run is `python -m rlkit.train` in a separate process, one after the other. Accuracy is always judged by the rule
+verifier (in games it is the success rate), at temperature 1, on the same held-out problems. A setting's row is written
+as soon as it is complete. The exit code is 1 if a row misses its bar.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Setting:
     largest_gain: float = 100.0
     """Points that no seed may gain (controls)."""
     seconds: float = 480.0
-    """Every run's process must be done by then, alone on two cores."""
+    """Time limit of each run's process, alone on two cores."""
 
     @property
     def bar(self) -> str:
-        """What the row must show, in words."""
+        """Return in words what the row must show."""
         if self.largest_gain < 100:
             return f"at most {self.largest_gain:+.0f} points"
         return f"at least {self.least_gain:+.0f} points within {self.seconds:.0f} s"
 
     def missed(self, runs: list[dict[str, Any]]) -> bool:
-        """Whether a seed misses the bar."""
+        """Whether any seed misses the bar."""
         gains = [100 * (run["accuracy_after"] - run["accuracy_before"]) for run in runs]
         slowest = max(run["process_seconds"] for run in runs)
         return min(gains) < self.least_gain or max(gains) > self.largest_gain or slowest > self.seconds
@@ -60,15 +60,15 @@ class Setting:
 
 RUN_DEADLINE_SECONDS = 1800.0
 OFTEN = ("trainer.prompts_per_step=64", "trainer.total_steps=12", "trainer.evaluate_every_steps=2")
-"""PRIME solves the task in fewer steps than others, so both rows of the comparison are short and measured often."""
+"""PRIME solves the task in fewer steps than others, so both rows of the comparison are short and evaluated often."""
 
 
 SHORT = ("trainer.total_steps=20", "trainer.evaluate_every_steps=10")
-"""Of 256 responses each."""
+"""Steps of 256 responses each."""
 GAME = ("trainer.total_steps=30", "trainer.evaluation_prompts=128", "trainer.evaluate_every_steps=10")
 DPO = ("algorithm=dpo", "algorithm.pairs=all", "reward=rule", "learner.learning_rate=3e-4")
 TEACHER = "algorithm.teacher=?"
-"""Stands for the policy of DPO's first seed."""
+"""Placeholder for the policy of DPO's first seed."""
 DISTILL = (
     "algorithm=distill",
     "algorithm.samples_per_prompt=4",
@@ -81,7 +81,7 @@ PPO = (*PPO, "trainer.total_steps=15", "trainer.evaluate_every_steps=5")
 
 
 def teacher(scratch: Path) -> Path:
-    """Trained if it is not there."""
+    """Return the teacher's folder; train it if it does not exist."""
     run = scratch / "algorithm_dpo_20_steps_0"
     if not run.is_dir():
         train(Setting("algorithm=dpo, 20 steps", (*DPO, *SHORT)), 0, scratch, [])
@@ -89,7 +89,7 @@ def teacher(scratch: Path) -> Path:
 
 
 def settings(scratch: Path) -> list[Setting]:
-    """The rows; `scratch` receives the random discriminator."""
+    """Return the rows; the random discriminator is written to `scratch`."""
     random_model = scratch / "random_discriminator"
     if not random_model.is_dir():
         write_random_discriminator(model_folder("embedded:polar"), random_model, seed=0)
@@ -140,7 +140,7 @@ def settings(scratch: Path) -> list[Setting]:
 
 
 def games() -> list[Setting]:
-    """The games in the package, and their controls."""
+    """Return the rows of the package's games and their controls."""
     least = {"guess_number": 12, "calculator": 30, "hidden_facts": 50, "maze": 20}
     shuffled = "reward._target_=benchmarks.controls.ShuffledRewards"
     rows = []
@@ -152,7 +152,7 @@ def games() -> list[Setting]:
 
 
 def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[str, Any]:
-    """One run; its summary, with the wall time of the whole process and the metrics of each step."""
+    """Train once; return the run's summary with the process's wall-clock time and the metrics of each step."""
     run_dir = scratch / f"{re.sub('[^a-z0-9]+', '_', setting.name)}_{seed}"
     named = f"algorithm.teacher={teacher(scratch)}" if TEACHER in setting.overrides else TEACHER
     overrides = [named if override == TEACHER else override for override in setting.overrides]
@@ -172,13 +172,13 @@ def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[
 
 
 def steps_to(accuracy: float, run: dict[str, Any]) -> int | None:
-    """The first evaluated step with at least this held-out accuracy."""
+    """Return the first evaluated step with at least this held-out accuracy."""
     reached = [int(step) for step, value in run["accuracy_by_step"].items() if value >= accuracy]
     return min(reached, default=None)
 
 
 def path_of(run: dict[str, Any]) -> str:
-    """How fast a run got there, for settings that are evaluated often; and how well a PRM ranked meanwhile."""
+    """Describe how fast a run learned, for settings that are evaluated often, and how well a PRM ranked meanwhile."""
     reached = ", ".join(f"{steps_to(level, run) or 'not'} ({level:.0%})" for level in (0.6, 0.7, 0.8))
     pairs = run["pair_accuracy"]
     if not pairs:
@@ -188,7 +188,7 @@ def path_of(run: dict[str, Any]) -> str:
 
 
 def row(setting: Setting, runs: list[dict[str, Any]]) -> str:
-    """A line of the Markdown table."""
+    """Return a line of the Markdown table."""
     before = [100 * run["accuracy_before"] for run in runs]
     after = [100 * run["accuracy_after"] for run in runs]
     gains = [b - a for a, b in zip(before, after, strict=True)]
@@ -215,7 +215,7 @@ TABLES = {
 
 
 def write_rows(table: str, rows: list[str]) -> None:
-    """Put rows into a table of docs/results.md, in place of those with the same first cell."""
+    """Write rows to a table of docs/results.md, replacing those with the same first cell."""
     file = ROOT / "docs" / "results.md"
     begin, end = f"<!-- {table}: begin -->", f"<!-- {table}: end -->"
     head, _, rest = file.read_text().partition(begin)

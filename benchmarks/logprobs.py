@@ -1,10 +1,10 @@
-"""Time and memory of the head's log-probs, forward and backward, at a large vocabulary: one chunk beside several.
+"""Measures time and memory of the head's log-probs, forward and backward, at a large vocabulary, by chunk size.
 
     python benchmarks/logprobs.py --rows 1024      # vocabulary 151,936, hidden size 896, fp32, one thread
 
-Each chunk size runs in a process of its own. CPU seconds are the least of the repeats, since the machine may be shared;
-memory is the growth of the process' greatest resident size over weight, hidden states and their gradients, which every
-way needs. Prints one JSON line per chunk size.
+Each chunk size runs in a separate process. CPU seconds are the minimum over the repeats, because the machine may be
+shared. Memory is the peak resident size minus that of weight, hidden states and their gradients, which every chunk size
+needs. Prints one JSON line per chunk size.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Peak memory of learner ranks: measured, and as `rlkit/config/memory.py` predicts it.
+"""Measures the peak memory of learner ranks and compares it with the prediction of `rlkit/config/memory.py`.
 
     python benchmarks/memory.py                     # all rows, one at a time; 20 minutes on two cores
     python benchmarks/memory.py --row "0.04B ZeRO 1, 1 rank"
-    python benchmarks/memory.py --presets           # predicted alone: what fits GPUs of 80 GB
+    python benchmarks/memory.py --presets           # only predictions: what fits GPUs of 80 GB
     python benchmarks/memory.py --long              # the same for long responses of a 7B on eight of them
 
-Each row makes a random model in a temporary folder and starts `learner.ranks` processes that run the class of the Ray
-actor (`LearnerWorker`) over gloo: load, two updates of several micro-batches, weights for the engines, checkpoint. The
-peak of a phase is VmHWM, reset before it by /proc/self/clear_refs. Prints a Markdown table.
+Each row makes a random model in a temporary folder and starts `learner.ranks` processes that run the Ray actor's class
+(`LearnerWorker`) over gloo: load, two updates of several micro-batches, weights for the engines, checkpoint. The peak
+of a phase is VmHWM, which /proc/self/clear_refs resets before it. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 PRESETS = (("single_gpu", "1.5B"), ("multi_gpu", "7B"), ("multi_node", "32B"))
-"""The models that the presets are made for."""
+"""The presets and the models that they are meant for."""
 LONG_PROMPT, LONG_RESPONSES = 2048, (8192, 32768, 65536, 126976)
 ADAPTER = "model.lora.rank=16"
 """Needs peft."""
@@ -62,7 +62,7 @@ SHAPES = {
     "32B": Model("qwen2", 5120, 64, 27648, 40, 8, 152064, False),
     "72B": Model("qwen2", 8192, 80, 29568, 64, 8, 152064, False),
 }
-"""Qwen2.5, for the plan alone."""
+"""Qwen2.5, only for predictions."""
 MODELS = {
     "0.04B": Model("llama", 640, 4, 1728, 10, 10, 16000, False),
     "0.1B": Model("llama", 768, 12, 2048, 12, 12, 32000, True),
@@ -78,7 +78,7 @@ class Row:
     ranks: int = 1
     checkpointing: bool = False
     tokens: int = 1024
-    """Of a micro-batch."""
+    """Tokens of a micro-batch."""
     reference: bool = False
 
     @property
@@ -118,7 +118,7 @@ def overrides(row: Row, model: Path, run_dir: Path) -> list[str]:
 
 
 def rank_main(rank: int, port: int, arguments: list[str]) -> None:
-    """Print the peak resident bytes of each phase as JSON, first those of a process that has only imported."""
+    """Print the peak resident bytes of each phase as JSON, starting with those after the imports."""
     import numpy as np
 
     from algorithms.base import Advantages
@@ -164,7 +164,7 @@ def rank_main(rank: int, port: int, arguments: list[str]) -> None:
     folder.mkdir(exist_ok=True)
     phase("save", lambda: (worker.save(str(folder / "policy")), worker.save_state(str(folder / "state"))))
     print(json.dumps(peaks), file=answer, flush=True)
-    os._exit(0)  # DeepSpeed's and gloo's threads need no farewell
+    os._exit(0)  # no need to wait for DeepSpeed's and gloo's threads
 
 
 def _status(field: str) -> int:
@@ -173,7 +173,7 @@ def _status(field: str) -> int:
 
 
 def _groups(config: Any, samples: int) -> list[Any]:
-    """Of full length, with random tokens."""
+    """Return groups of full length with random tokens."""
     import numpy as np
 
     from rlkit.experience import Group, Prompt, Sample
@@ -199,7 +199,7 @@ def _groups(config: Any, samples: int) -> list[Any]:
 
 
 def measure(row: Row, folder: Path) -> list[dict[str, int]]:
-    """Peak bytes per phase of every rank."""
+    """Return each rank's peak bytes per phase."""
     model = folder / row.model
     if not model.is_dir():
         write_model(MODELS[row.model], model, random=True)
@@ -223,7 +223,7 @@ def measure(row: Row, folder: Path) -> list[dict[str, int]]:
 
 
 def predict(row: Row, folder: Path) -> dict[str, dict[str, float]]:
-    """Bytes per part, of each phase."""
+    """Return the predicted bytes per part of each phase."""
     from rlkit.config.loading import load_config
     from rlkit.config.memory import learner_phases
 
@@ -232,7 +232,7 @@ def predict(row: Row, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def write_model(size: Model, folder: Path, *, random: bool) -> None:
-    """A model folder; `random`: with fp32 weights, else bf16 ones that are a hole in the file, for the plan alone."""
+    """Write a model folder. `random`: with fp32 weights, else with bf16 ones in a sparse file, only for predictions."""
     import numpy as np
 
     folder.mkdir(parents=True)
@@ -300,7 +300,7 @@ def main() -> None:
 
 
 def preset_table() -> None:
-    """Predicted GiB of 80 GB GPUs and of one machine, with and without a reference policy; or what does not fit."""
+    """Print predicted GiB of 80 GB GPUs and one machine, with and without a reference policy, or what does not fit."""
     from rlkit.config.loading import load_config
     from rlkit.config.machine import host_bytes, this_machine
     from rlkit.config.memory import gpu_phases, total
@@ -327,7 +327,7 @@ def preset_table() -> None:
                     fits = ""
                 except ConfigError:
                     fits = " **does not fit**"
-                with contextlib.suppress(ConfigError):  # heads that four GPUs cannot share
+                with contextlib.suppress(ConfigError):  # four GPUs cannot share its heads
                     run = load_config(command)
                     gpu = {part: total(parts) for part, parts in gpu_phases(run, 80.0 * GIB).items()}
                     cells = [f"{gpu[phase] / GIB:.0f}" for phase in phases]
@@ -336,7 +336,7 @@ def preset_table() -> None:
 
 
 def long_table() -> None:
-    """Predicted GiB of an 80 GB GPU in the update, of eight that train a 7B; `ranks` share each sequence."""
+    """Print predicted GiB in the update, for each of eight 80 GB GPUs that train a 7B; `ranks` share each sequence."""
     from rlkit.config.loading import load_config
     from rlkit.config.memory import GIB, gpu_phases, total
     from rlkit.config.messages import ConfigError

@@ -1,20 +1,19 @@
-"""POLAR scoring beside bare vLLM pooling, with and without what the samples of a group have in common.
+"""Compares POLAR scoring with bare vLLM pooling, with and without sharing the common prefix of a group's samples.
 
     python benchmarks/polar.py [groups=32] [samples=8] [seconds=20] [threads=1] [model=random]
 
 `model` is a discriminator's folder, `embedded:polar`, or `random`: 8 layers, width 384, random weights.
 
-Inputs are the embedded task's problems, each with several answers beside one reference, as GRPO brings them. Measured
-are inputs per second, end to end (text in, score out), of
+Inputs are the embedded task's problems, each with several answers and one reference, as in GRPO. The benchmark measures
+inputs per second, end to end (text in, score out), of
 
-- `transformers`: this project's packed forward pass, the shared prefix of a group computed once;
-- `transformers, prefix not shared`: the same forward pass, each input on its own;
+- `transformers`: this project's packed forward pass, with a group's shared prefix computed once;
+- `transformers, prefix not shared`: the same forward pass, with each input separate;
 - `vllm`: this project's backend in vLLM's pooling runner, with its prefix cache;
-- `bare vllm, prefix cache` and `bare vllm`: `LLM.classify` alone on finished token ids, the floor.
+- `bare vllm, prefix cache` and `bare vllm`: only `LLM.classify` on given token ids, as the lower bound.
 
-Each is warmed up, then repeated on fresh inputs (a prefix cache must not know them) for `seconds`; the median counts.
-Every row runs in a process of its own. On a machine with other work, and for one thread, the processor's time is the
-better number.
+Each is warmed up, then repeated for `seconds` on fresh inputs, which the prefix cache has not seen; the median counts.
+Every row runs in a separate process. If the machine has other work, and for one thread, CPU time is the better figure.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def main() -> int:
 
 
 def table(options: dict[str, str]) -> int:
-    """Every row in its process."""
+    """Print the table; every row runs in its own process."""
     arguments = [f"{key}={value}" for key, value in options.items()]
     print(f"{'':<34}{'inputs/s':>10}{'tokens/s':>11}{'CPU ms/group':>14}")
     scores = {}
@@ -86,7 +85,7 @@ def table(options: dict[str, str]) -> int:
 
 
 def random_model(folder: Path) -> str:
-    """An untrained discriminator with the embedded tokenizer whose scores differ."""
+    """Write an untrained discriminator with the embedded tokenizer, whose scores differ between inputs."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -105,7 +104,7 @@ def random_model(folder: Path) -> str:
 
 
 def measure(row: str, options: dict[str, str]) -> dict[str, Any]:
-    """Median time of a row's scoring function over fresh inputs."""
+    """Measure the median time of a row's scoring function over fresh inputs."""
     score = scorer(row, options)
     count, samples = int(options["groups"]), int(options["samples"])
     check = score(groups_of(4, samples, seed=0))
@@ -131,7 +130,7 @@ def measure(row: str, options: dict[str, str]) -> dict[str, Any]:
 
 
 def groups_of(count: int, samples: int, seed: int) -> list[Any]:
-    """Groups of different answers to problems of the embedded task."""
+    """Return groups of different answers to problems of the embedded task."""
     import numpy as np
 
     from examples.embedded_models.corpora import careless_solution
@@ -159,7 +158,7 @@ def groups_of(count: int, samples: int, seed: int) -> list[Any]:
 
 
 def scorer(row: str, options: dict[str, str]) -> Callable[[Sequence[Any]], list[float]]:
-    """Groups -> scores, for a row of the table."""
+    """Return the function groups -> scores of a row of the table."""
     if row.startswith("bare vllm"):
         return bare_vllm(options["model"], prefix_cache=row != "bare vllm")
     from rewards.base import RewardContext
@@ -183,7 +182,7 @@ def scorer(row: str, options: dict[str, str]) -> Callable[[Sequence[Any]], list[
 
 
 def bare_vllm(model: str, prefix_cache: bool) -> Callable[[Sequence[Any]], list[float]]:
-    """vLLM's own `classify` on token ids; serialising counts as in the other rows."""
+    """Return vLLM's own `classify` on token ids; serialising is timed as in the other rows."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     from vllm import LLM, PoolingParams
@@ -214,7 +213,7 @@ _SERIALISERS: dict[str, Any] = {}
 
 
 def flat_inputs(groups: Sequence[Any], model: str) -> list[list[int]]:
-    """Token ids of every input."""
+    """Return the token ids of every input."""
     from transformers import AutoTokenizer
 
     from rewards.polar.serialise import Limits, Serialiser, prompt_text

@@ -1,16 +1,16 @@
-"""What a step costs driver and ranks beside the model's own work, for 1 to 64 ranks with constant work per rank.
+"""Measures what a step costs driver and ranks besides the model's work, for 1 to 64 ranks with constant work per rank.
 
     python benchmarks/ranks.py                 # 2 groups x 16 samples x 1,024 tokens for each rank
     python benchmarks/ranks.py --ranks 8 64 --groups 4 --tokens 4096
 
-Ranks are simulated one after another in this process; planning, serialisation and Ray's object store are the real
-ones. GRPO with 4 mini-batches: the columns are
+Ranks are simulated one after another in this process; planning, serialisation and Ray's object store are real. The
+algorithm is GRPO with 4 mini-batches. The columns are
 
 - plan s: the driver plans the update (`policy_shares`) and the passes over all groups (`passes`);
-- put s, MB: the driver puts the ranks' shares into the object store, and their bytes;
-- rank get ms, MB: one rank fetches and unpickles its share (mean of the ranks), and its bytes;
+- put s, MB: the driver puts the ranks' shares into the object store, and their size;
+- rank get ms, MB: one rank fetches and unpickles its share (mean over ranks), and its size;
 - rank tokens: tokens in one rank's forward passes of an update (the largest share), and for log-probs before it;
-- before MB: what all ranks together were sent when each received the whole step, as the samples' arrays alone;
+- before MB: what all ranks together received when each got the whole step (only the samples' arrays);
 - before tokens: tokens of old log-probs when every rank computed all of them.
 
 Prints a Markdown table.
@@ -113,7 +113,7 @@ def main() -> None:
     print("| ranks | plan s | put s | put MB | rank get ms | rank MB | rank tokens, update | rank tokens, log-probs |"
           " before: MB | before: rank tokens, log-probs |")  # fmt: skip
     print("|---" * 10 + "|")
-    for ranks in [arguments.ranks[0], *arguments.ranks]:  # the first is run twice: it warms up
+    for ranks in [arguments.ranks[0], *arguments.ranks]:  # the first is run twice, to warm up
         row = measure(ray, ranks, arguments)
         if ranks in arguments.ranks:
             print(

@@ -1,8 +1,8 @@
-"""The real producer, pool and buffer on a virtual clock: engines, reward and learner only pass the time.
+"""Runs the real producer, pool and buffer on a virtual clock: engines, reward and learner only let time pass.
 
-An engine decodes a token of each running sample in `step_seconds + sample_seconds * running` seconds, in 64 places;
-what finds none waits. Response lengths are lognormal and belong to the group's number: whatever the timing, group 17
-has the same ones. New weights stop an engine for `publish_seconds`, and for the recomputation of what it has cached.
+An engine decodes a token of each running sample in `step_seconds + sample_seconds * running` seconds, in 64 slots;
+samples without a slot wait. Response lengths are lognormal and depend only on the group's number: group 17 has the same
+ones whatever the timing. New weights stop an engine for `publish_seconds` and while it recomputes its cached tokens.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ from rlkit.weights.publication import Loaded, Published, WeightReceipt
 TOKENS = np.zeros(1 << 16, np.int32)
 PROMPTS = [Prompt(f"p{i}", (), (0,)) for i in range(64)]
 EXACT = 1e-6
-"""Of a token: what adding up seconds may be off."""
+"""Tolerance, in tokens, for rounding errors from adding up seconds."""
 
 
 @dataclass(frozen=True)
 class Case:
     engines: int = 8
     groups: int = 4
-    """Per engine and training step."""
+    """Groups per engine and training step."""
     staleness: int = 1
     samples: int = 8
     median: float = 1000.0
-    """Tokens of a response."""
+    """Median tokens of a response."""
     sigma: float = 1.0
     longest: int = 16000
     places: int = 64
     step_seconds: float = 0.012
     sample_seconds: float = 1e-4
     learner: float = 0.8
-    """Seconds of an update, as a share of the seconds in which engines that are always full sample a step."""
+    """Time of an update, as a share of the time that engines which are always full need to sample a step."""
     reward_seconds: float = 0.0
     publish_seconds: float = 2.0
     recompute_seconds: float = 20e-6
-    """Per cached token."""
+    """Time per cached token."""
     evaluate_every: int = 0
-    """Steps; 0: never. As many responses as half a step has, one per prompt."""
+    """In steps; 0: never. An evaluation has half as many responses as a step, one per prompt."""
     death_every: float = 0.0
-    """Seconds; 0: never. Engines die in turn."""
+    """In seconds; 0: never. Engines die in turn."""
     start_seconds: float = 60.0
-    """Of an engine that replaces a dead one."""
+    """Start-up time of an engine that replaces a dead one."""
     steps: int = 24
     uncounted: int = 6
     """Steps at the beginning whose time is not counted."""
@@ -81,7 +81,7 @@ class Case:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[groups, samples], of more groups than any schedule starts; evaluations have those from the end."""
+        """[groups, samples], for more groups than any schedule starts; evaluations take theirs from the end."""
         rng = np.random.default_rng(self.seed)
         size = (2 * (self.steps + 8) * self.groups_per_step, self.samples)
         drawn = self.median * np.exp(self.sigma * rng.standard_normal(size))
@@ -89,7 +89,7 @@ class Case:
 
     @cached_property
     def full_seconds(self) -> float:
-        """In which engines that are always full sample a step."""
+        """Time that engines which are always full need to sample a step."""
         tokens = self.groups * self.samples * float(self.lengths.mean())
         return tokens * self.token_seconds(self.places) / self.places
 
@@ -99,7 +99,7 @@ class Case:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its time jumps to the next timer. Nothing outside the process may be waited for."""
+    """An event loop whose time jumps to the next timer. It must not wait for anything outside the process."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -119,7 +119,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 @dataclass
 class Ref:
-    """What Ray's reference to a value is to who awaits it."""
+    """Stands in for Ray's reference to a value, for code that awaits it."""
 
     value: Any
 
@@ -129,7 +129,7 @@ class Ref:
 
 
 class Actor:
-    """What Ray's handle of an actor is to its callers, around an object of this process."""
+    """Stands in for Ray's actor handle, around an object of this process."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -159,7 +159,7 @@ class _Open:
 
 
 class Engine:
-    """The surface of `rlkit.rollout.worker.RolloutWorker`."""
+    """Has the interface of `rlkit.rollout.worker.RolloutWorker`."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.loop = case, asyncio.get_running_loop()
@@ -167,9 +167,9 @@ class Engine:
         self.running: list[tuple[float, int, _Open, int, int, float]] = []
         """A heap: decoded tokens at its end, serial number, group, index, version and decoded tokens at its start."""
         self.waiting: deque[tuple[int, _Open, int]] = deque()
-        """Length, group, index."""
+        """Length, group and index of each waiting sample."""
         self.decoded, self.at, self.serial = 0.0, 0.0, 0
-        """Tokens that a sample would have which always ran; the time of that; samples so far."""
+        """Tokens that a sample running since the start would have; the time of that count; samples so far."""
         self.finished, self.changed = 0, asyncio.Event()
         self.stopped, self.dead = False, False
         self.timer: asyncio.TimerHandle | None = None
@@ -217,7 +217,7 @@ class Engine:
         return lengths
 
     def turn(self) -> None:
-        """Pass the time since the last call, hand over what is finished, let in what waits."""
+        """Let the time since the last call pass, hand over finished samples, start waiting ones."""
         if self.dead:
             return
         now = self.loop.time()
@@ -281,7 +281,7 @@ class Engine:
 
 
 class SimulatedPool(RolloutPool):
-    """The real one over simulated engines."""
+    """The real pool with simulated engines."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -304,7 +304,7 @@ class SimulatedPool(RolloutPool):
 
 
 class SimulatedReward(NoReward):
-    """Scores as many groups at a time as come."""
+    """Scores any number of groups at a time."""
 
     def __init__(self, case: Case) -> None:
         self.seconds, self.scores = case.reward_seconds, GroupScores((Score.none(),) * case.samples)
@@ -316,19 +316,19 @@ class SimulatedReward(NoReward):
 
 @dataclass
 class Run:
-    """What a schedule did."""
+    """Record of what a schedule did."""
 
     ended: list[float] = field(default_factory=list)
-    """When each step's weights were published."""
+    """Time at which each step's weights were published."""
     trained: list[list[str]] = field(default_factory=list)
     """Ids of each step's groups."""
     lengths: list[int] = field(default_factory=list)
-    """Of all trained responses."""
+    """Lengths of all trained responses."""
     staleness: list[int] = field(default_factory=list)
-    """Of the first token of each trained response."""
+    """Staleness of the first token of each trained response."""
     dropped: int = 0
     started: int = 0
-    """Groups."""
+    """Groups started."""
     deaths: int = 0
 
     def seconds_per_step(self, uncounted: int) -> float:
@@ -336,7 +336,7 @@ class Run:
 
 
 def simulate(case: Case, make_buffer: Callable[[Case], WaitingBuffer] | None = None) -> Run:
-    """`make_buffer`: another one than the real one, with its surface."""
+    """Simulate a case; `make_buffer` creates a replacement for the real buffer with the same interface."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(_train(case, (make_buffer or _real_buffer)(case)))
 
@@ -346,7 +346,7 @@ def _real_buffer(case: Case) -> WaitingBuffer:
 
 
 async def _train(case: Case, buffer: WaitingBuffer) -> Run:
-    """As `rlkit.trainer.Trainer.fit` goes."""
+    """Train in the same order as `rlkit.trainer.Trainer.fit`."""
     run, pool, loop = Run(), SimulatedPool(case), asyncio.get_running_loop()
     producer = Producer(
         PromptOrder(PROMPTS, case.seed),
@@ -371,7 +371,7 @@ async def _train(case: Case, buffer: WaitingBuffer) -> Run:
         run.staleness += [step - 1 - sample.policy_versions[0] for group in groups for sample in group.samples]
         await asyncio.sleep(case.update_seconds)
         evaluates = case.evaluate_every and step % case.evaluate_every == 0
-        # Others than the real buffer know of weights once they are published.
+        # Buffers other than the real one learn of weights once they are published.
         early = not evaluates and isinstance(buffer.buffer, ExperienceBuffer)
         if early and step < case.steps:
             await buffer.advance(step)
@@ -386,7 +386,7 @@ async def _train(case: Case, buffer: WaitingBuffer) -> Run:
     await asyncio.gather(producing, dying, return_exceptions=True)
     run.started = producer.started
     passed_over = max(int(id) for step in run.trained for id in step) + 1 - sum(map(len, run.trained))
-    run.dropped = getattr(buffer.buffer, "dropped", passed_over)  # out of order, a late one is not dropped yet
+    run.dropped = getattr(buffer.buffer, "dropped", passed_over)  # out of order, a late group is not dropped yet
     return run
 
 

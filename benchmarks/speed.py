@@ -1,21 +1,21 @@
-"""Seconds per GRPO step, beside a step without a framework and, if its environment is named, beside TRL.
+"""Measures seconds per GRPO step, compared with a step without a framework and, if its environment is given, with TRL.
 
     python benchmarks/speed.py                            # W1: 2 x 128 model, 64 responses of at most 32 tokens
     python benchmarks/speed.py --workload W2 --steps 4    # 8 x 384 model (11.8M), 64 responses of at most 256 tokens
     python benchmarks/speed.py --trl trl/bin/python       # python3.11 -m venv trl; see benchmarks/speed_trl.py
 
-Sides, each in processes of its own, one after the other, and that `--repeats` times:
+The sides run in separate processes, one after the other, and all of them `--repeats` times:
 
 - bare: vLLM's engine and torch in one process (benchmarks/speed_bare.py), with the prompts, seeds, sampling parameters
-  and OpenMP settings of the run. The floor is its generation plus its update, the faster one of two ways to batch;
-- k0, k1: `python -m rlkit.train` with `trainer.max_staleness` 0 and 1; `unrecorded` is k0 that keeps no samples;
-- trl: TRL's trainer, which is told where each response ends (benchmarks/speed_trl.py).
+  and OpenMP settings of the run. The floor is its generation plus its update, by the faster of two ways to batch;
+- k0, k1: `python -m rlkit.train` with `trainer.max_staleness` 0 and 1; `unrecorded` is k0 without recorded samples;
+- trl: TRL's trainer, which is given the length of each response (benchmarks/speed_trl.py).
 
-A random model over 100 characters, whose responses end where an end-of-sequence token is drawn. Seeds make the tokens
-of bare, k0 and k1 equal (the learning rate leaves them alone), and TRL gets their lengths, so all sides have the same
-number of tokens in every step. Times are medians over the means of neighbouring steps, because with k1 a long step
-follows a short one. CPU seconds are of all processes of a side; where other jobs use the machine, they are the figure
-to trust. Prints a Markdown table and one JSON line.
+The model is random, over 100 characters; its responses end when an end-of-sequence token is drawn. Seeds make the
+tokens of bare, k0 and k1 equal (the learning rate is too low to change them), and TRL gets their lengths, so all sides
+have the same number of tokens in every step. Times are medians over the means of neighbouring steps, because with k1 a
+long step follows a short one. CPU seconds are those of all processes of a side; if other jobs use the machine, they are
+the figure to trust. Prints a Markdown table and one JSON line.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PROMPTS, SAMPLES, SEED = 8, 8, 0
 UNRECORDED = ("tracking.sample_groups_per_step=0", "tracking.token_groups_per_step=0")
 PHASES = ("generate", "score", "update", "publish")
 ACTORS = {"RolloutWorker": "generate", "LearnerWorker": "update"}
-"""Whose CPU seconds are those of the phase, its part of publishing included."""
+"""Actors whose CPU seconds count as those of the phase, including their part of publishing."""
 Figures = dict[str, float]
 
 
 def make_model(folder: Path, hidden: int, layers: int) -> None:
-    """A random Llama over printable ASCII with a character tokenizer and a plain chat template."""
+    """Write a random Llama over printable ASCII with a character tokenizer and a plain chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
 
 
 def questions(count: int) -> list[str]:
-    """Prompts of 48 tokens."""
+    """Return prompts of 48 tokens."""
     return [f"Write {i % 9 + 1} words about topic {i:03d}." for i in range(count)]
 
 
@@ -93,7 +93,7 @@ class Benchmark:
         self.data.write_text("".join(rows[:-1]))
         self.heldout.write_text(rows[-1])
         self.lengths: list[list[int]] = []
-        """Of each response, step by step."""
+        """Length of each response, step by step."""
 
     def side(self, name: str) -> Figures:
         """Measure one side once."""
@@ -128,7 +128,7 @@ class Benchmark:
         }
 
     def run(self, staleness: int, *options: str) -> Figures:
-        """A whole run of rlkit, with a reward that costs nothing."""
+        """Run rlkit once, with a reward that costs nothing."""
         run_dir = self.scratch / f"run-{time.monotonic_ns()}"
         command = [
             sys.executable, "-m", "rlkit.train", "algorithm=grpo", "algorithm.kl_coefficient=0", "model=hf",
@@ -150,7 +150,7 @@ class Benchmark:
             began, marks = time.monotonic(), {}
             while process.poll() is None:
                 done = _lines(run_dir)
-                for mark in (1, self.warm, self.warm + self.steps - 1):  # after the last step processes end
+                for mark in (1, self.warm, self.warm + self.steps - 1):  # processes end after the last step
                     if done >= mark and mark not in marks:
                         marks[mark] = done, time.monotonic() - began, _cpu_seconds(process.pid)
                 time.sleep(0.02)
@@ -207,7 +207,7 @@ def _inherited() -> dict[str, str]:
 
 
 def _lines(run_dir: Path) -> int:
-    """At least the steps so far, for what parsing them 50 times a second would slow down."""
+    """Count lines, which are at least the steps so far; parsing them 50 times a second would slow the run down."""
     file = run_dir / "metrics.jsonl"
     return file.read_bytes().count(b'"kind":"step"') if file.is_file() else 0
 
@@ -219,7 +219,7 @@ def _steps(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _cpu_seconds(pid: int) -> dict[str, float]:
-    """Of a run: its sampler, its learner, and everything else that it started, Ray among it."""
+    """Return the CPU seconds of a run's sampler, its learner, and everything else that it started, including Ray."""
     import psutil
 
     seconds = dict.fromkeys(("generate", "update", "plumbing"), 0.0)
@@ -235,7 +235,7 @@ def _cpu_seconds(pid: int) -> dict[str, float]:
 
 
 def measure(benchmark: Benchmark, sides: Sequence[str], repeats: int) -> dict[str, Figures]:
-    """Medians of `repeats` rounds through all sides. The first must be `bare`: it records the lengths."""
+    """Return medians of `repeats` rounds over all sides. The first side must be `bare`, which records the lengths."""
     rounds: dict[str, list[Figures]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side in sides:

@@ -1,7 +1,7 @@
-"""A step without a framework: one process with vLLM's engine, and torch on the tokens that it made.
+"""Times a step without a framework: one process with vLLM's engine, and torch on the tokens that it generated.
 
 Called by benchmarks/speed.py, which sets the environment before torch loads. Prompts, seeds and sampling parameters are
-those of the run of rlkit that it stands beside, so the tokens are the same. Prints one JSON line.
+those of the rlkit run that it is compared with, so the tokens are the same. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 TOKENS_TOGETHER = 8192
-"""In a padded batch of the update."""
+"""Most tokens in a padded batch of the update."""
 Sequences = list[tuple[list[int], list[int]]]
 """Prompt and response of each sample."""
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Result; seconds, and CPU seconds of all threads."""
+    """Return the result, and the seconds and CPU seconds (of all threads) that it took."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def engine(model: Path, new_tokens: int) -> Any:
-    """vLLM's engine with the arguments of a rollout worker (rlkit/rollout/engine.py)."""
+    """Return vLLM's engine with the arguments of a rollout worker (rlkit/rollout/engine.py)."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -46,7 +46,7 @@ def engine(model: Path, new_tokens: int) -> Any:
 
 
 def generate(llm: Any, prompts: Sequence[list[int]], samples: int, new_tokens: int, seeds: list[int]) -> Sequences:
-    """`samples` responses to each prompt, a request each."""
+    """Generate `samples` responses to each prompt, one request each."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -63,7 +63,7 @@ def generate(llm: Any, prompts: Sequence[list[int]], samples: int, new_tokens: i
 
 
 def batches_of_equal_length(sequences: Sequences) -> list[Sequences]:
-    """No padding."""
+    """Batch sequences of equal length, without padding."""
     by_length: dict[int, Sequences] = {}
     for prompt, response in sequences:
         by_length.setdefault(len(response), []).append((prompt, response))
@@ -71,7 +71,7 @@ def batches_of_equal_length(sequences: Sequences) -> list[Sequences]:
 
 
 def batches_of_similar_length(sequences: Sequences) -> list[Sequences]:
-    """Padded to the longest of each batch."""
+    """Batch sequences of similar length, padded to the longest of each batch."""
     batches: list[Sequences] = [[]]
     for prompt, response in sorted(sequences, key=lambda pair: len(pair[1])):
         if (len(batches[-1]) + 1) * (len(prompt) + len(response)) > TOKENS_TOGETHER:
@@ -81,7 +81,7 @@ def batches_of_similar_length(sequences: Sequences) -> list[Sequences]:
 
 
 def update(policy: Any, optimizer: Any, batches: list[Sequences], tokens: int) -> None:
-    """Forward, backward, clipping and AdamW's step; prompts have equal lengths."""
+    """Run forward, backward, clipping and AdamW's step; prompts have equal lengths."""
     import torch
 
     for batch in batches:
@@ -89,7 +89,7 @@ def update(policy: Any, optimizer: Any, batches: list[Sequences], tokens: int) -
         rows = [torch.tensor(prompt + response) for prompt, response in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(response)) for _, response in batch], batch_first=True)
-        # Padding is behind the tokens, so that a causal model needs no mask for it.
+        # Padding comes after the tokens, so a causal model needs no mask for it.
         logits = policy(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1]
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, ids[:, first:, None]).squeeze(-1)
         (-(logprobs * mask).sum() / tokens).backward()

@@ -1,10 +1,10 @@
-"""TRL's GRPOTrainer on CPU, with given lengths of responses. Runs in an environment of its own, which has no rlkit.
+"""Times TRL's GRPOTrainer on CPU, with given response lengths. Runs in a separate environment without rlkit.
 
     python3.11 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
     python benchmarks/speed.py --trl trl/bin/python
 
-Called by benchmarks/speed.py. fp32, no gradient checkpointing, transformers' own generation: what TRL offers on CPUs.
-Prints one JSON line.
+Called by benchmarks/speed.py. Uses fp32, no gradient checkpointing and transformers' own generation, which is what TRL
+offers on CPUs. Prints one JSON line.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     lengths = iter(work["lengths"])
 
     class Replayed(LogitsProcessor):
-        """A response ends where the recorded one did; what reached the limit does not end."""
+        """Ends a response where the recorded one ended; one that reached the limit gets no end."""
 
         def __init__(self, ends: list[int]) -> None:
             self.ends, self.generated = torch.tensor(ends), 0

@@ -1,11 +1,11 @@
-"""How the tree reads, in numbers: files, lines, import share, circles, length of the core path, docstring words.
+"""Describes the code in numbers: files, lines, import share, circles, length of the core path, docstring words.
 
     python benchmarks/structure.py              # this checkout
     python benchmarks/structure.py ../older     # another one, for before and after
 
-Counts `rlkit`, `rewards` and `algorithms` without tests and examples. An import counts wherever it is written: at the
-top, inside a function, under TYPE_CHECKING. A package is a folder or file directly under one of the three roots. The
-core path is the reading list of README.md: the files that one training step goes through. Prints one JSON line.
+Counts `rlkit`, `rewards` and `algorithms` without tests and examples. An import counts wherever it is: at the top,
+inside a function, or under TYPE_CHECKING. A package is a folder or file directly under one of the three roots. The core
+path is the reading list of README.md: the files that one training step goes through. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Graph = dict[str, set[str]]
 
 
 def modules(checkout: Path) -> dict[str, Path]:
-    """Dotted name -> file, of every module of the three packages."""
+    """Return dotted name -> file of every module of the three packages."""
     files = [file for root in ROOTS for file in sorted((checkout / root).rglob("*.py"))]
     return {
         ".".join(file.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): file for file in files
@@ -32,7 +32,7 @@ def modules(checkout: Path) -> dict[str, Path]:
 
 
 def imports(tree: ast.Module, known: Mapping[str, Path]) -> Iterator[tuple[str, int]]:
-    """(module, lines that the statement takes) of every import; the module is empty for one of another project."""
+    """Yield (module, lines of the statement) of every import; the module is empty for imports of other projects."""
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
@@ -47,7 +47,7 @@ def imports(tree: ast.Module, known: Mapping[str, Path]) -> Iterator[tuple[str, 
 
 
 def docstring_words(tree: ast.Module) -> int:
-    """Words of all docstrings, those under fields included."""
+    """Count the words of all docstrings, including those under fields."""
     texts = [
         node.value.value
         for node in ast.walk(tree)
@@ -57,13 +57,13 @@ def docstring_words(tree: ast.Module) -> int:
 
 
 def package(module: str, known: Mapping[str, Path]) -> str:
-    """`rlkit.learner` for `rlkit.learner.policy`; a module directly under a root is its own package."""
+    """Return `rlkit.learner` for `rlkit.learner.policy`; a module directly under a root is its own package."""
     parts = module.split(".")
     return ".".join(parts[:2]) if len(parts) > 2 or known[module].name == "__init__.py" else module
 
 
 def circles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that can all reach each other (strongly connected, more than one)."""
+    """Return strongly connected components of more than one node, whose nodes can all reach each other."""
 
     def reachable(start: str) -> set[str]:
         seen, todo = set(), [start]
@@ -79,14 +79,14 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def core_path(checkout: Path) -> list[Path]:
-    """The files that README.md lists for reading; empty if it has no such list."""
+    """Return the files on README.md's reading list; empty if it has no such list."""
     text = (checkout / "README.md").read_text()
     _, _, section = text.partition("## Read the core")
     return [checkout / name for name in dict.fromkeys(PATH_IN_README.findall(section.partition("\n## ")[0]))]
 
 
 def measure(checkout: Path) -> dict[str, object]:
-    """All numbers of one checkout."""
+    """Return all numbers of one checkout."""
     known = modules(checkout)
     lengths: dict[str, int] = {}
     import_lines = words = 0

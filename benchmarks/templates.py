@@ -1,10 +1,10 @@
-"""Which chat templates can be appended to, as the table of docs/chat_templates.md.
+"""Prints which chat templates can be appended to, as the table of docs/chat_templates.md.
 
-    python benchmarks/templates.py                     # templates with the shapes of well-known models' own
+    python benchmarks/templates.py                     # templates with the shapes of well-known models' templates
     python benchmarks/templates.py MODEL [MODEL ...]   # those of model folders
 
-A row says for the answers of a user and of a tool whether an episode can go on behind its own tokens, whether it can
-begin with a system message, and how calls of tools are written.
+A row says, for a user's and a tool's answers, whether an episode can continue after its own tokens, whether it can
+begin with a system message, and how tool calls are written.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _verdict(renderer: Renderer, role: str) -> str:
 
 
 def table() -> Iterator[str]:
-    """Of the shapes in tests/fixtures/episode_templates.py and of the policy that the package has."""
+    """Yield the rows of the shapes in tests/fixtures/episode_templates.py and of the package's policy."""
     yield from HEAD
     for name in [*SHAPES, "embedded"]:
         yield row(name, renderer_of(name), renderer_of(name, WEATHER))

@@ -1,11 +1,11 @@
-"""Losses of TRL's trainers and their gradients on random ragged pairs, as numbers for tests/algorithms/test_links.py.
+"""Records losses and gradients of TRL's trainers on random ragged pairs, for tests/algorithms/test_links.py.
 
     python3.11 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
     trl/bin/python benchmarks/trl_links.py tests/fixtures/trl_links.json
 
-The trainers' own loss methods run, on a model that looks up its log-probs in a table, in fp64. A gradient is that of
-the mean over pairs (KTO: over samples) by each log-prob. Losses with a term of -log pi are computed pair by pair,
-because TRL averages that term over the tokens of a batch.
+The trainers' own loss methods run in fp64 on a model that looks up its log-probs in a table. Gradients are those of the
+mean over pairs (KTO: over samples) with respect to each log-prob. Losses with a term of -log pi are computed pair by
+pair, because TRL averages that term over the tokens of a batch.
 """
 
 import json
@@ -54,7 +54,7 @@ KTO = {
 
 
 class Table:
-    """Token 0 follows with the log-prob of the table, token 1 with the rest, so a log-prob's gradient is its own."""
+    """A model that gives token 0 the table's log-prob and token 1 the rest, so each log-prob has its own gradient."""
 
     def __init__(self, lengths, generator, gradient):
         width = max(lengths)
@@ -68,7 +68,7 @@ class Table:
         nothing = torch.zeros_like(kept)
         return SimpleNamespace(
             log_probs=kept,
-            logits=torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1),  # the last predicts nothing
+            logits=torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1),  # the last position predicts nothing
             entropy=nothing,
             mean_logits=nothing,
             is_top1=self.mask,
@@ -85,7 +85,7 @@ class Table:
 
 
 def part(table, rows):
-    """The table's rows, with its parameters."""
+    """Return some of the table's rows, with its parameters."""
     piece = object.__new__(Table)
     width = int(table.mask[rows].sum(1).max())
     piece.mask, piece.logprobs = table.mask[rows, :width], table.logprobs[rows, :width]
@@ -93,7 +93,7 @@ def part(table, rows):
 
 
 def trainer(kind, **options):
-    """The trainer with what its loss reads, and nothing else."""
+    """Return a trainer with only the attributes that its loss reads."""
     instance = object.__new__(kind)
     defaults = {
         "accelerator": Accelerator(cpu=True),
@@ -119,7 +119,7 @@ def trainer(kind, **options):
 
 
 def pair_batch(table):
-    """Rows of a table as CPO's and ORPO's batch of one pair."""
+    """Return a table's rows as CPO's and ORPO's batch of one pair."""
     batch = {}
     for side, mask in zip(("chosen", "rejected"), table.mask, strict=True):
         length = int(mask.sum()) + 1

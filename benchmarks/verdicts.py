@@ -1,11 +1,11 @@
-"""Verdicts of the rule reward and of bare math-verify, class by class, beside a person's.
+"""Compares verdicts of the rule reward and of bare math-verify with a person's, class by class.
 
     python benchmarks/verdicts.py [--suite math_verify-0.9.0]
 
-The table is tests/rewards/verifiers/verdicts.tsv. `--suite`: also the test cases of Math-Verify, from its source
-distribution (`pip download math-verify==0.9.0 --no-binary :all: --no-deps`, unpacked): responses with a box or the word
-answer as they are; a bare formula in a box; other prose with `accept_last_number`. Prints the right verdicts of each,
-answers taken for right though wrong; one line per case on which the rule reward differs.
+The person's verdicts are tests/rewards/verifiers/verdicts.tsv. `--suite`: also the test cases of Math-Verify, from its
+source distribution (`pip download math-verify==0.9.0 --no-binary :all: --no-deps`, unpacked): responses with a box or
+the word answer unchanged; a bare formula in a box; other prose with `accept_last_number`. Prints how many verdicts of
+each are right, how many wrong answers it accepts, and one line per case on which the rule reward differs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def table() -> list[Case]:
 
 
 def suite(folder: Path) -> list[Case]:
-    """The parametrised cases of Math-Verify's own tests."""
+    """Return the parametrised cases of Math-Verify's own tests."""
     sys.modules["tests"] = types.ModuleType("tests")
     sys.path.insert(0, str(folder / "src"))
     cases = []
@@ -81,7 +81,7 @@ def _suite_case(row: dict[str, Any]) -> Case:
 
 
 def rule_verdicts(cases: Sequence[Case]) -> list[bool | None]:
-    """None: invalid."""
+    """Return the rule reward's verdicts; None: invalid."""
     from rewards.base import RewardContext
     from rewards.verifiers.math import MathReward
 
@@ -99,7 +99,7 @@ def rule_verdicts(cases: Sequence[Case]) -> list[bool | None]:
 
 
 def bare_verdicts(cases: Sequence[Case]) -> list[bool | None]:
-    """None: killed after BARE_SECONDS; math-verify's own time-outs do not interrupt what hangs in C."""
+    """Return math-verify's verdicts; None: killed after BARE_SECONDS, as its own time-outs do not interrupt C code."""
     from pebble import ProcessPool
 
     with ProcessPool(2) as pool:
@@ -116,7 +116,7 @@ def _result(future: Any) -> bool | None:
 
 
 def bare_verdict(case: Case) -> bool:
-    """As math-verify's documentation uses it; a bare gold answer is put between dollars, as it asks for."""
+    """Use math-verify as its documentation does; a bare gold answer is put between dollar signs, as it requires."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2)

@@ -1,13 +1,13 @@
-"""Throughput of the rule verifiers, beside bare math-verify on as many cores, on real solutions.
+"""Measures the throughput of the rule verifiers, and of bare math-verify on as many cores, on real solutions.
 
     python benchmarks/verifiers.py --solutions ../shared/data/gsm8k/model_solutions.jsonl [--cores 2] [--repeat 3]
 
 Bare math-verify: `verify(parse(gold), parse(solution))` with the library's own time-outs, in a multiprocessing pool of
-`--cores` processes, started and warm before the clock. The rule reward: as many verifier processes, started before the
-clock, no remembered verdicts (a new reward for each repetition) unless the row says so. `plain` rows judge the
-solutions as they are; in `fraction` rows both answers are rewritten as fractions, so that no comparison of plain
-numbers helps and every different pair goes through math-verify. Times are medians over repetitions, which alternate.
-Prints a table and one JSON line.
+`--cores` processes, started and warmed up before timing. The rule reward: as many verifier processes, started before
+timing, without cached verdicts (a new reward for each repetition) unless the row says so. `plain` rows judge the
+solutions unchanged. In `fraction` rows both answers are rewritten as fractions, so that no comparison of plain numbers
+helps and every distinct pair goes through math-verify. Times are medians over repetitions, which alternate. Prints a
+table and one JSON line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 
 @dataclass(frozen=True)
 class Work:
-    """Solutions, their gold answers and what people say about them."""
+    """Solutions, their gold answers and people's labels."""
 
     texts: list[str]
     golds: list[str]
@@ -41,7 +41,7 @@ class Work:
 
 
 def load(path: Path) -> Work:
-    """All four models' solutions, in the order of the file."""
+    """Load all four models' solutions, in the order of the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found = [(row[name]["solution"], row["ground_truth"], row[name]["is_correct"]) for row in rows for name in MODELS]
     texts, golds, correct = (list(column) for column in zip(*found, strict=True))
@@ -49,7 +49,7 @@ def load(path: Path) -> Work:
 
 
 def as_fractions(work: Work) -> Work:
-    r"""Every last number x after `A:` becomes `\boxed{\frac{3x}{3}}`, as LaTeX; solutions without one keep theirs."""
+    r"""Rewrite the last number x after `A:` as `\boxed{\frac{3x}{3}}`; solutions without one are unchanged."""
     from rewards.verifiers.answers import final_answer
     from rewards.verifiers.numerals import plain_decimal
 
@@ -62,7 +62,7 @@ def as_fractions(work: Work) -> Work:
 
 
 def bare_verdict(pair: tuple[str, str]) -> bool:
-    """math-verify as its documentation uses it."""
+    """Use math-verify as its documentation does."""
     from math_verify import parse, verify
 
     text, gold = pair
@@ -70,14 +70,14 @@ def bare_verdict(pair: tuple[str, str]) -> bool:
 
 
 def bare_pool(cores: int) -> Any:
-    """Processes with the grammar built."""
+    """Return a pool of processes that have built the grammar."""
     pool = multiprocessing.get_context("forkserver").Pool(cores)
     pool.map(bare_verdict, [(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}")] * cores * 8, chunksize=1)
     return pool
 
 
 def rule_reward(cores: int) -> Any:
-    """A started rule reward."""
+    """Return a rule reward that has been started."""
     from rewards.base import RewardContext
     from rewards.verifiers.math import MathReward
 
@@ -93,7 +93,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_math(work: Work, cores: int, repeat: int) -> dict[str, tuple[float, float]]:
-    """Row name -> (solutions per second, agreement with the labels)."""
+    """Return row name -> (solutions per second, agreement with the labels)."""
     seconds: dict[str, list[float]] = {
         "bare math-verify": [],
         "rule reward": [],
@@ -124,7 +124,7 @@ def measure_math(work: Work, cores: int, repeat: int) -> dict[str, tuple[float, 
 
 
 def measure_others(work: Work, cores: int, repeat: int) -> dict[str, float]:
-    """Solutions per second of the other verifiers in their own processes, on the same texts."""
+    """Return solutions per second of the other verifiers in their own processes, on the same texts."""
     from rewards.base import RewardContext
     from rlkit.config.parts import import_part
     from rlkit.experience import Score
@@ -158,7 +158,7 @@ def measure_others(work: Work, cores: int, repeat: int) -> dict[str, float]:
 
 
 def group_of(text: str, gold: str, columns: dict[str, Any]) -> Any:
-    """A group of one sample."""
+    """Return a group of one sample."""
     import numpy as np
 
     from rlkit.experience import Group, Message, Prompt, Sample

@@ -1,10 +1,10 @@
-"""How long the view's questions take over real HTTP, with several runs of 100,000 samples, made up.
+"""Times the view's queries over real HTTP, with several synthetic runs of 100,000 samples.
 
     python -m benchmarks.view                       # five runs: minutes, and 2 GB in /tmp
     python -m benchmarks.view --samples 1000000 --runs 1
 
-Prints a Markdown table: seconds until the runs are indexed, then of each question the first answer of a server that has
-just begun, and the median of the next five. Exits with 1 if one is above a second.
+Prints a Markdown table: seconds until the runs are indexed, then for each query the first answer of a server that has
+just started, and the median of the next five. Exits with 1 if any is above a second.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("compare", {"runs": "run_1,run_2"}),
     ("compare", {}),
 ]
-"""Of `run_1`, where no `runs` are named; of all runs: `compare`."""
+"""Queries about `run_1` unless they name `runs`; `compare` without `runs` is about all runs."""
 
 
 def make_runs(folder: Path, samples: int, runs: int) -> list[Path]:
@@ -63,7 +63,7 @@ def make_runs(folder: Path, samples: int, runs: int) -> list[Path]:
 
 
 def indexed(client: httpx.Client, samples: int) -> float:
-    """Seconds until the server knows all samples of all runs; they can be looked at before."""
+    """Return seconds until the server has indexed all samples of all runs, which can be viewed before that."""
     begun = time.perf_counter()
     while min(run["samples"] for run in client.get("runs").json()["runs"]) < samples * 0.95:
         time.sleep(0.5)
@@ -78,7 +78,7 @@ def seconds(client: httpx.Client, name: str, asked: dict[str, Any]) -> float:
 
 
 def measure(runs: list[Path], samples: int, cache: Path) -> list[str]:
-    """The questions above the limit."""
+    """Measure all queries; return those above the limit."""
     slow = []
     with serving(*runs, cache=cache) as link, httpx.Client(base_url=f"{link}api/", timeout=600) as client:
         print(

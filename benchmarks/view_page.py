@@ -1,10 +1,10 @@
-"""How long does a reader wait? Interactions with the page of `rlkit.view` in headless Chromium, over large runs.
+"""Measures how long a reader waits: interactions with `rlkit.view`'s page in headless Chromium, over large runs.
 
 python -m benchmarks.view_page                        # five runs of 100,000 samples: minutes, and 2 GB in /tmp
 python -m benchmarks.view_page --samples 10000 --runs 2
 
-Seconds from an action until the page shows its result, the server's part included, the median of three. Exits with 1
-if one is above a second. Needs chromium and playwright, as tests/view does.
+Figures are seconds from an action until the page shows its result, including the server's part, as the median of three.
+Exits with 1 if any is above a second. Needs chromium and playwright, as tests/view does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(interaction: Interaction, before: Interaction, times: int = 3) -> fl
 
 
 def indexed(reader: Reader, samples: int) -> float:
-    """Seconds until the server knows all samples of all runs; they can be looked at before."""
+    """Return seconds until the server has indexed all samples of all runs, which can be viewed before that."""
     begun = time.perf_counter()
     reader.open("overview", run="run_1")
     known = "async () => (await (await fetch('/api/runs')).json()).runs.map(run => run.samples)"
@@ -56,7 +56,7 @@ def indexed(reader: Reader, samples: int) -> float:
 
 
 def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Interaction, Interaction]]:
-    """Name -> (what is timed, what comes before it)."""
+    """Return name -> (the interaction that is timed, the one before it)."""
     page = reader.page
     others = ",".join(f"run_{number}" for number in range(2, runs + 1))
     old = "rows => [...document.querySelectorAll('[role=grid] [aria-selected]')].map(row => row.id).join() !== rows"

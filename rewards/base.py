@@ -21,9 +21,9 @@ class RewardConfig(Section):
     """Fields of every reward; a backend nests a subclass as `Config`."""
 
     timeout_seconds: Deadline = 120.0
-    """Deadline of one scoring call; after it the worker is replaced and the call tried once more."""
+    """Deadline of one scoring call. When it passes, the worker is replaced and the call retried once."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of invalid scores (0 to 1) in a training step above which the run stops."""
+    """The run stops if the share of invalid scores (0 to 1) in a training step exceeds this."""
     workers: int = Field(default=1, ge=1)
     """Reward processes that score in parallel."""
 
@@ -33,39 +33,39 @@ UpdateWhen = Literal["after", "before", "none"]
 
 @dataclass(frozen=True)
 class RewardTraits:
-    """What the runtime must know of a reward before anything starts."""
+    """What the runtime must know about a reward before anything starts."""
 
     references: bool = False
     """Every prompt needs a reference answer."""
     answer: bool = False
     """Every prompt needs a gold final answer."""
     columns: tuple[str, ...] = ()
-    """Further data columns needed."""
+    """Other data columns that it needs."""
     samples: int = 1
-    """Responses to a prompt that it compares, including a greedy one."""
+    """How many responses to a prompt it compares, including a greedy one."""
     judges_texts: bool = True
-    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group."""
+    """Scores depend only on the texts of prompt and response, not on tokens or the rest of the group."""
     joins_tokens: bool = False
-    """Runs a model over a prompt's and a response's tokens as one row, which samples of several segments are not."""
+    """Runs a model over prompt and response tokens as one sequence, so samples of several segments do not work."""
     process_rewards: bool = False
     """Scores carry token or span rewards."""
     process_in_value: bool = False
-    """Their values contain these, so that an algorithm which reads values alone loses nothing."""
+    """Score values already include the process rewards, so an algorithm that reads only values loses nothing."""
     environment: bool = False
-    """Judges episodes of an environment."""
+    """Judges the episodes of an environment."""
     outcome_rewards: bool = True
     """Scores carry a value."""
     steps: bool = False
     """Responses must have steps (`Sample.spans`, from `rollout.steps`)."""
     uses_gpu: bool = True
-    """Workers get a share of a GPU. False for rewards that load no model."""
+    """Workers get a share of a GPU. False for rewards that do not load a model."""
     raw_scores: bool = False
-    """Values are unbounded model scores whose level and spread differ between prompts."""
+    """Values are unbounded model scores; their level and spread differ between prompts."""
     update_when: UpdateWhen = "none"
-    """When a TrainableReward learns. after: once a step's scores are taken. before: first; `rescore` then gives the
-    scores for the policy."""
+    """When a TrainableReward learns. after: after the step has been scored. before: before the policy learns; `rescore`
+    then gives the policy's scores."""
     follows_policy: bool = False
-    """A TrainableReward gets every policy version in `policy_weights`."""
+    """A TrainableReward receives every policy version through `policy_weights`."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class HelpSection:
     text: str
     model: type[BaseModel]
     prefix: str = ""
-    """Of its keys: `reward.parts.NAME.`."""
+    """Prefix of its keys: `reward.parts.NAME.`."""
 
 
 class Reward(ABC):
-    """One Ray actor per worker, which calls `start` once before `score`."""
+    """A reward backend. Each worker is one Ray actor, which calls `start` once before `score`."""
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
 
@@ -98,7 +98,7 @@ class Reward(ABC):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """Model that validates this section, which may type the sections of inner rewards."""
+        """Return the model that validates this section; it may also type the sections of inner rewards."""
         return cls.Config
 
     @classmethod
@@ -107,17 +107,17 @@ class Reward(ABC):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Cheap checks before a run, without heavy imports: messages for the user."""
+        """Run cheap checks before a run, without heavy imports; return messages for the user."""
         return []
 
     @classmethod
     def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
-        """Warnings about the training data at the start of a run; a cheap look at some of them, without a model."""
+        """Return warnings about the training data at the start of a run; look at a few prompts, without a model."""
         return []
 
     @classmethod
     def vote(cls, config: Any, text: str) -> str | None:
-        """What a response says in the end, for a majority of several; None: nothing that this reward looks for."""
+        """Return the final answer of a response, for majority voting; None: no answer that this reward reads."""
         return None
 
     @classmethod
@@ -125,17 +125,17 @@ class Reward(ABC):
         return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
-        """Load models and run a self-test; raise with a message for the user."""
+        """Load models and run a self-test; on failure raise an exception with a message for the user."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """One GroupScores per group, in order; `Score.invalid(reason)` for a sample that cannot be judged.
+        """Return one GroupScores per group, in order; `Score.invalid(reason)` for a sample that cannot be judged.
 
-        An exception means a broken backend: the worker is replaced.
+        An exception means that the backend is broken: the worker is replaced.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Called once, also after a failed start."""
+        """Called once, even if `start` failed."""
 
 
 class TrainableReward(Reward):
@@ -144,7 +144,7 @@ class TrainableReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         traits = cls.traits(config)
-        # Several workers would learn different rewards.
+        # With several workers, each would learn a different reward.
         several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
         return [*super().check(config), *(["a reward that learns or follows the policy has one worker"] * several)]
 
@@ -156,14 +156,14 @@ class TrainableReward(Reward):
 
     @abstractmethod
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Return metrics named `area/name`."""
+        """Learn from scored groups; return metrics named `area/name`."""
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """For `update_when = "before"`; groups carry their earlier scores."""
+        """Score again after an update, for `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The policy's weights by Hugging Face name, read only; for `follows_policy`."""
+        """Receive the policy's weights by Hugging Face name, read-only; for `follows_policy`."""
         raise TypeError(f"{type(self).__name__} says that it follows the policy but defines no policy_weights")
 
     def save(self, folder: Path) -> None:
@@ -171,7 +171,7 @@ class TrainableReward(Reward):
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
-        """Tensors and plain values alone: it is read back without pickle."""
+        """Return tensors and plain values only: the state is loaded without pickle."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

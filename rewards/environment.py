@@ -1,4 +1,4 @@
-"""`reward=environment`: what the environment gave for each turn."""
+"""`reward=environment`: the rewards that the environment gave for each turn."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from rlkit.experience.types import SpanReward
 
 
 class EnvironmentReward(Reward):
-    """What the environment gave: the turns' rewards as one value, and one by one.
+    """The environment's rewards for the turns, combined into one value and also turn by turn.
 
-    Components: `success`, where the environment says so, `turns`, and `malformed` (calls that could not be read).
+    Components: `success` if the environment reports it, `turns`, and `malformed` (calls that could not be read).
     """
 
     class Config(RewardConfig):
         value: Literal["sum", "last", "discounted", "none"] = "sum"
-        """Of the turns' rewards. last: that of the last turn; discounted: the sum of discount^turn x reward; none: no
-        value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO does."""
+        """How the turns' rewards become one value. last: the last turn's; discounted: sum of discount^turn x reward;
+        none: no value, for algorithms that learn only from turns, or that add value and process rewards, like PPO."""
         discount: float = Field(default=0.95, ge=0, le=1)
         """value=discounted: factor per turn."""
         malformed_cost: float = Field(default=0.0, ge=0)
-        """Taken off a turn's reward for each of its calls that cannot be read (0.1 in GiGPO's scripts). A bonus for
-        good calls would pay for more turns."""
+        """Subtracted from a turn's reward for each call that cannot be read (0.1 in GiGPO's scripts). It is a cost
+        because a bonus for good calls would reward taking more turns."""
         per_turn: bool = True
-        """Also give the turns' rewards one by one; false: the value alone, beside a reward that judges turns."""
+        """Also give each turn's reward. false: only the value, for use alongside a reward that judges turns."""
         progress: str | None = None
-        """Name of a metric of the environment (`Step.metrics`) that says how far the episode has come, 0 before its
-        first turn: a turn also earns `progress_weight` times what the metric has risen by."""
+        """Name of an environment metric (`Step.metrics`) that measures the episode's progress, 0 before the first turn.
+        Each turn also earns `progress_weight` times the increase of the metric."""
         progress_weight: float = 1.0
-        """For `progress`."""
+        """Weight of the increase in `progress`."""
         progress_kept: bool = True
-        """For `progress`. false: the last turn pays all of it back, so that no policy becomes better or worse by it
-        (potential-based shaping); turns alone tell a difference, their sum is that without."""
+        """For `progress`. false: the last turn pays it all back, so the ranking of policies is unchanged
+        (potential-based shaping). The turns' rewards then differ, but their sum does not."""
 
         @model_validator(mode="after")
         def _options_act(self) -> EnvironmentReward.Config:
@@ -95,7 +95,7 @@ class EnvironmentReward(Reward):
         )
 
     def _progress(self, turns: Sequence[Span]) -> list[float]:
-        """What each turn earns by progress (Ng et al. 1999, with a potential of 0 in the end if it is not kept)."""
+        """Return what each turn earns by progress (Ng et al. 1999; if it is not kept, the final potential is 0)."""
         config, before, risen = self.config, 0.0, list[float]()
         for turn in turns:
             now = turn.data.get("metrics", {}).get(config.progress, before)

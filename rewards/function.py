@@ -26,12 +26,13 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_steps", "re
 
 
 class FunctionReward(Reward):
-    """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
+    """Calls the function once for all samples of a scoring call; every argument is a list with one entry per sample.
 
-    It gets the arguments that it names, or all with `**columns`: `prompts`, `completions`, `completion_ids`,
-    `completion_steps` and `references` (a list per sample), `answer` and the data columns. It returns a number per
-    sample, or None for an invalid one. If it raises, its samples are tried one by one, and those at which it raises
-    again are invalid; if it raises at each of them, the call fails, and is made once more in a new process.
+    The function gets the arguments that it names, or all of them with `**columns`: `prompts`, `completions`,
+    `completion_ids`, `completion_steps` and `references` (a list per sample), `answer` and the data columns. It returns
+    a number per sample, or None for an invalid sample. If it raises, the samples are tried one by one, and those for
+    which it raises again are invalid. If it raises for all of them, the call fails and is retried once, in a new
+    process.
     """
 
     class Config(RewardConfig):
@@ -40,8 +41,8 @@ class FunctionReward(Reward):
         chat: bool = False
         """Pass prompts and completions as messages ({"role": ..., "content": ...}) instead of texts."""
         per_step: bool = False
-        """It returns a list of numbers per sample, one for each step (`rollout.steps`); `completion_steps` are their
-        texts."""
+        """The function returns a list of numbers per sample, one per step (`rollout.steps`); `completion_steps` has
+        the steps' texts."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -57,7 +58,7 @@ class FunctionReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Its arguments without a default; none if it cannot be imported."""
+        """Require what the function's arguments without a default need; nothing if it cannot be imported."""
         try:
             function = load_function(config.function)
         except FunctionError:
@@ -75,7 +76,7 @@ class FunctionReward(Reward):
         self._function = load_function(self.config.function)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Raise what the function raises."""
+        """Score by the function; raise what it raises if it raises for every sample."""
         function = self._function
         if function is None:
             raise RuntimeError("start() was not called")
@@ -93,10 +94,10 @@ class FunctionReward(Reward):
             if len(pairs) < 2:
                 raise
             of_all = error
-        # Outside of `except`, so that the traceback of a sample does not begin with that of another.
+        # Outside `except`, so that the traceback of one sample does not start with that of another.
         scores = [self._judge_alone(function, pair) for pair in pairs]
         if all(score.reason.startswith(_EXCEPTION) for score in scores):
-            raise of_all  # so it is not for a text that it raises
+            raise of_all  # it raised for every sample, so no single text is the cause
         return scores
 
     def _judge_alone(self, function: RewardFunction, pair: tuple[Prompt, Sample]) -> Score:
@@ -162,10 +163,10 @@ def _completion(sample: Sample, chat: bool) -> Any:
 
 
 def _score(value: Any, function: str) -> Score:
-    """Anything but a number is invalid, never zero."""
+    """Convert a returned value to a score; anything but a number is invalid, never zero."""
     if value is None:
         return Score.invalid(f"none: {function} returned None for this sample")
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
         value = value.item()
     if not isinstance(value, Real):
         return Score.invalid(f"wrong_type: {function} returned {_describe(value)} instead of a number")

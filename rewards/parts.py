@@ -1,4 +1,4 @@
-"""Rewards that others build on, by their `_target_`."""
+"""Rewards that other rewards build on, loaded by their `_target_`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.experience.section import Deadline
 
 
 def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
-    """Class and options of a section with `_target_`. Raise PartError or pydantic's ValidationError."""
+    """Return class and options of a section with `_target_`. Raise PartError or pydantic's ValidationError."""
     from rlkit.config.parts import import_part
 
     kind: type[Reward] = import_part("reward", section.get("_target_"))
@@ -21,11 +21,11 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
 
 
 class OutcomeConfig(RewardConfig):
-    """Fields of a reward that learns from the values of another one, which a subclass names in its field `outcome`."""
+    """Fields of a reward that learns from another reward's values. A subclass names that one in its field `outcome`."""
 
     timeout_seconds: Deadline = 120.0
-    """Deadline of one scoring call; by default 120 s and the outcome's own. After it the worker is replaced and the
-    call tried once more."""
+    """Deadline of one scoring call; by default 120 s plus the outcome's own deadline. When it passes, the worker is
+    replaced and the call retried once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -44,7 +44,7 @@ class OutcomeConfig(RewardConfig):
 
 
 def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
-    """Traits of a reward that learns from the values of another one (`reward.outcome`): it needs what that one does."""
+    """Return the traits of a reward that learns from `reward.outcome`, including whatever that outcome needs."""
     try:
         kind, options = load_part(section)
     except ValueError:  # `check` says what is wrong with it
@@ -64,7 +64,7 @@ def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
 
 
 def outcome_problems(section: Mapping[str, Any], timeout_seconds: float) -> list[str]:
-    """What is wrong with `reward.outcome`, the reward whose values another one with this deadline learns from."""
+    """Return what is wrong with `reward.outcome`; the reward that learns from its values has this deadline."""
     from rlkit.config.parts import PartError
 
     try:

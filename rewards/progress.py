@@ -1,12 +1,12 @@
-"""`reward=progress`: a final reward, shared out over the turns that led to it (SPA-RL, arXiv 2505.20732).
+"""`reward=progress`: a final reward, distributed over the turns that led to it (SPA-RL, arXiv 2505.20732).
 
-A linear head on a frozen model's state at the last token of each turn k estimates what the turn contributed,
+A linear head on a frozen model's hidden state at the last token of each turn k estimates the turn's contribution,
 
-    c_k = w . h_k,    with (sum over k of c_k - R)^2 least over all episodes seen so far,
+    c_k = w . h_k,    with w minimising (sum over k of c_k - R)^2 over all episodes seen so far,
 
-which a ridge regression solves exactly after every step. A turn earns
-`progress_weight` c_k + `executed_weight` g_k, g_k = 1 if its calls could be read, and on the last turn. The authors
-train a whole model with a head before the run.
+which ridge regression solves exactly after every step. A turn earns
+`progress_weight` c_k + `executed_weight` g_k, where g_k = 1 if its calls could be read, and always on the last turn.
+The authors instead train a whole model with a head before the run.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ OUTCOME = {"_target_": "rewards.environment.EnvironmentReward", "per_turn": Fals
 class ProgressReward(TrainableReward):
     class Config(OutcomeConfig):
         model_path: str = "embedded:agent"
-        """Folder of the frozen model whose states are read: the policy's, or another one with its tokenizer."""
+        """Folder of the frozen model whose hidden states are read: the policy, or another model with its tokenizer."""
         outcome: dict[str, Any] = Field(default=OUTCOME)
-        """The reward whose values are shared out: `_target_` and its fields."""
+        """The reward whose values are distributed over the turns: `_target_` and its fields."""
         value: Literal["outcome", "none"] = "outcome"
-        """none: no value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO."""
+        """none: no value, for algorithms that learn only from turns or add value and process rewards, like PPO."""
         progress_weight: float = Field(default=1.0, ge=0)
-        """Of a turn's contribution."""
+        """Weight of a turn's estimated contribution."""
         executed_weight: float = Field(default=0.5, ge=0)
-        """Of having made calls that can be read (0.5 in the authors' script)."""
+        """Reward of a turn whose calls can all be read (0.5 in the authors' script)."""
         ridge: float = Field(default=0.01, gt=0)
-        """Holds the estimate near 0; states are scaled to length 1. Larger: slower and steadier."""
+        """Keeps the estimate near 0; states are scaled to length 1. Larger: slower and steadier."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -83,7 +83,7 @@ class ProgressReward(TrainableReward):
 
         self._outcome.start()
         context = self.context
-        # A pass per group, so that learning finds again what scoring computed.
+        # One forward pass per group, so that learning finds the states that scoring has cached.
         self._scorer = Scorer.load(
             self.config.model_path, device=context.device, threads=context.threads, tokens_per_batch=None
         )
@@ -114,7 +114,7 @@ class ProgressReward(TrainableReward):
         )
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Learn from the outcomes of scored groups; return how far their estimates were off before that."""
+        """Learn from the outcomes of scored groups; return the estimates' error before that."""
         states = list(self._states(groups))
         scores = [score for group in groups for _, score in group.scored()]
         pairs = [
@@ -134,7 +134,7 @@ class ProgressReward(TrainableReward):
         return metrics
 
     def _states(self, groups: Sequence[Group]) -> Any:
-        """Of each sample [K, D + 1]: the states at its turns' ends, scaled, and 1."""
+        """Yield for each sample [K, D + 1]: the scaled states at the ends of its turns, and a constant 1."""
         from rewards.services.scorer import group_tree
 
         assert self._scorer is not None
@@ -161,7 +161,7 @@ class ProgressReward(TrainableReward):
 
 
 class Ridge:
-    """w of least (w . x - y)^2 over all pairs, plus ridge |w|^2; 0 before there are any."""
+    """The w that minimises the sum of (w . x - y)^2 over all pairs plus ridge |w|^2; 0 before there are any."""
 
     def __init__(self, ridge: float) -> None:
         self._ridge = ridge

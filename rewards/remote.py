@@ -1,4 +1,4 @@
-"""`reward=remote`: a reward that `python -m rlkit.serve reward=...` serves, on this or another machine."""
+"""`reward=remote`: a reward served by `python -m rlkit.serve reward=...`, on this or another machine."""
 
 from __future__ import annotations
 
@@ -33,45 +33,45 @@ from rlkit.experience.wire import (
 log = logging.getLogger(__name__)
 
 BUDGET_SHARE = 0.8
-"""Share of a call's deadline after which the client gives up, before it is killed."""
+"""The client gives up after this share of a call's deadline, before it is killed."""
 SERVER_TRIES = 2
 """A server retries a request once if its process fails, each time up to its deadline."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds; pauses are random, up to a bound that doubles."""
+"""In seconds. Pauses are random, up to a bound that doubles each time."""
 START_PAUSE = 0.5
 """Seconds between checks for a server that is not up yet."""
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
 REMEMBERED_SECONDS = 10.0
-"""One health check serves all checks of a configuration."""
+"""Long enough for one health check to serve all checks of a configuration."""
 ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
-"""Refusals that may be due to one group of the request."""
+"""HTTP status codes of refusals that one group of the request may have caused."""
 
 
 class RemoteReward(Reward):
-    """Sends groups to a reward server and takes its scores.
+    """Sends groups to a reward server and returns its scores.
 
-    A lost server is waited for, with back-off, up to the call's deadline; then the samples are invalid.
+    If the server is lost, the client retries with back-off until the call's deadline; then the samples are invalid.
     """
 
     class Config(RewardConfig):
         url: str
         """Address of the server: http://HOST:PORT."""
         timeout_seconds: Deadline = 360.0
-        """Deadline of one scoring call; the client gives up after 80 % of it. The default allows for two tries of a
-        server with its default deadline (120 s)."""
+        """Deadline of one scoring call; the client gives up after 80 % of it. The default leaves time for two tries
+        by a server with its default deadline (120 s)."""
         token_env: str | None = None
         """Environment variable that holds the server's token."""
         samples_per_request: int = Field(default=64, ge=1)
         """Whole groups are sent together up to this many samples (fewer if the server takes fewer)."""
         tokens_per_request: int = Field(default=65536, ge=1)
-        """And up to this many tokens, each prompt counted once."""
+        """Limit of tokens per request, in addition to `samples_per_request`; each prompt counts once."""
         concurrent_requests: int = Field(default=4, ge=1)
         """Concurrent requests of each worker."""
         attempts: int = Field(default=20, ge=1)
         """Tries per request, with growing pauses, within `timeout_seconds`."""
         send_logprobs: bool = False
-        """Send the sampler's log-probs; without them served rewards see NaN."""
+        """Send the sampler's log-probs; otherwise the served reward sees NaN."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -88,7 +88,7 @@ class RemoteReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Of the served reward, without its GPU; none without an answer."""
+        """Return the served reward's traits, without its GPU; the defaults if the server does not answer."""
         try:
             health = _health_once(config)
         except HandshakeError:  # `check` reports it
@@ -96,7 +96,7 @@ class RemoteReward(Reward):
         return RewardTraits(**dict(health.traits), uses_gpu=False)
 
     def start(self) -> None:
-        """Raise HandshakeError if there is no server within a call's deadline."""
+        """Connect to the server; raise HandshakeError if there is none within a call's deadline."""
         config, budget = self.config, BUDGET_SHARE * self.config.timeout_seconds
         token = _token(config.token_env)
         health = _wait_for_server(config.url, token, time.monotonic() + budget)
@@ -163,7 +163,7 @@ class _Client:
     async def _request(
         self, groups: dict[int, Group], bodies: dict[int, bytes], deadline: float
     ) -> dict[int, GroupScores]:
-        """Send one request, or halves if the server refuses its size or content."""
+        """Send one request, or its two halves if the server refuses its size or content."""
 
         def body(remaining_seconds: float) -> bytes:
             content = request_body([bodies[index] for index in groups], remaining_seconds)
@@ -220,7 +220,7 @@ _remembered: dict[tuple[str, str | None], tuple[float, Health | HandshakeError]]
 
 
 def _health_once(config: Any) -> Health:
-    """Cached for a few seconds. Raise HandshakeError."""
+    """Return the server's health, cached for a few seconds. Raise HandshakeError."""
     problem = _url_problem(config.url)
     if problem:
         raise HandshakeError(problem)
@@ -238,7 +238,7 @@ def _health_once(config: Any) -> Health:
 
 
 def _wait_for_server(url: str, token: str | None, deadline: float) -> Health:
-    """Raise HandshakeError at once for what does not pass, else at the deadline."""
+    """Wait until the server is up; raise HandshakeError at the deadline, or at once for a permanent problem."""
     while True:
         try:
             return _ask_health(url, token)
@@ -259,7 +259,7 @@ def _url_problem(url: str) -> str | None:
 
 
 def _token(variable: str | None) -> str | None:
-    """Raise HandshakeError if the variable is not set."""
+    """Read the token from the environment; raise HandshakeError if the variable is not set."""
     if variable is None:
         return None
     token = os.environ.get(variable, "").strip()

@@ -1,4 +1,4 @@
-"""The stages that make the embedded agent, a policy that knows how the games are played and plays them badly."""
+"""The stages that make the embedded agent, a policy that knows how to play the games but plays them badly."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 MAX_TURN_TOKENS = 32
 MATCHES_FOR_TOKENIZER = 64
 SENSIBLE, CARELESS = 0.9, 0.55
-"""Share of sensible moves: of the players that the base learns from, and of those that the agent imitates."""
+"""Share of sensible moves of the players that the base learns from, and of those that the agent imitates."""
 
 
 def make_tokenizer(seed: int, folder: Path) -> None:
-    """Of the games' words and calls, and of all numbers of two digits: each becomes one token."""
+    """Make a tokenizer of the games' words and calls and of all two-digit numbers; each becomes one token."""
     plain = train_agent_tokenizer([])
     texts = [*(f"{number:02d}" for number in range(100)), *ANIMALS, *COLOURS, *MOVES] * 3
     for game in GAMES:
@@ -41,19 +41,19 @@ def make_tokenizer(seed: int, folder: Path) -> None:
 
 
 def make_base(tokenizer: Path, scale: Scale, seed: int, folder: Path) -> Measures:
-    """How the games are played: from nothing, on players who know it."""
+    """Train the base from scratch on players who know how to play the games."""
     untrained = folder.with_name(folder.name + "_untrained")
     save_untrained_policy(untrained, load_tokenizer(tokenizer), seed)
     return _imitate(untrained, scale.agent_base, scale.matches, SENSIBLE, seed, "agent's base", folder)
 
 
 def make_agent(base: Path, scale: Scale, seed: int, folder: Path) -> Measures:
-    """It plays like somebody careless, and so knows more than it shows."""
+    """Train the agent to imitate careless players, so that it knows more than it shows."""
     return _imitate(base, scale.agent, scale.matches, CARELESS, seed + 1, "agent", folder)
 
 
 def measure_agent(folder: Path, scale: Scale, seed: int) -> Measures:
-    """Of held-out tasks: the share that ends well, and turns, of the agent at temperature 1."""
+    """Measure the agent at temperature 1 on held-out tasks: success rate and mean number of turns."""
     measures: Measures = {"matches": scale.judged_matches}
     for game in GAMES:
         tasks = game.tasks("heldout")
@@ -67,7 +67,7 @@ def measure_agent(folder: Path, scale: Scale, seed: int) -> Measures:
 
 
 async def played(folder: Path, game: Game, tasks: Sequence[Task], seed: int) -> list[Match]:
-    """All tasks side by side, a turn at a time."""
+    """Play all tasks concurrently, one turn at a time."""
     model, tokenizer = load_policy(folder), load_tokenizer(folder)
     writer = Writer(ChatTemplate(tokenizer), game)
     torch.manual_seed(seed)
@@ -94,7 +94,7 @@ def _imitate(
 async def _matches(
     game: Game, tokenizer: PreTrainedTokenizerBase, count: int, sensible: float, seed: int
 ) -> list[Match]:
-    """Of scripted players, on tasks to train on."""
+    """Play matches of scripted players on training tasks."""
     rng, writer = random.Random(f"{game.name}/{seed}"), Writer(ChatTemplate(tokenizer), game)
     tasks = game.tasks("train", train_tasks=count)
     return [await scripted(game, rng.choice(tasks), writer, sensible, rng) for _ in range(count)]

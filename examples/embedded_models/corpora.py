@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def slip(step: Step, rng: random.Random) -> int:
-    """A wrong result: mostly a near miss, sometimes of another operation or with digits reversed."""
+    """Return a wrong result: mostly a near miss, sometimes that of another operation, or with digits reversed."""
     right, left, other = step.result, step.left, step.right
     near = [right + 1, right - 1, right + 2, right - 2, right + 10, right - 10]
     confused = [left + other, abs(left - other), left * other, int(str(right)[::-1]), left, other]
@@ -26,7 +26,7 @@ def slip(step: Step, rng: random.Random) -> int:
 
 
 def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random) -> tuple[Step, ...]:
-    """Each step is wrong with probability `slip_rate`; mistakes carry on."""
+    """Make each step wrong with probability `slip_rate`; later steps continue from the mistake."""
     written: list[Step] = []
     value = steps[0].left
     for step in steps:
@@ -38,7 +38,7 @@ def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random
 
 
 def recalculate(value: int, step: Step) -> Step:
-    """The step from another value; subtraction stops at zero."""
+    """Recalculate a step from another value; subtraction stops at zero."""
     results: dict[Operator, int] = {
         "+": value + step.right,
         "-": max(0, value - step.right),
@@ -48,13 +48,13 @@ def recalculate(value: int, step: Step) -> Step:
 
 
 def careless_solution(problem: WordProblem, style: Style, slip_rate: float, rng: random.Random) -> str:
-    """Right with probability of about (1 - slip_rate) ** steps."""
+    """Write a solution that is right with probability of about (1 - slip_rate) ** steps."""
     return write_solution(careless_steps(problem.steps, slip_rate, rng), problem.thing, style)
 
 
 Batches = Iterator[list["Example"]]
 EXERCISE_SHARE = 0.3
-"""In the base model's corpus; the rest are train problems with right solutions."""
+"""Share of exercises in the base model's corpus; the rest are training problems with right solutions."""
 
 
 def tokenizer_texts(problems: Sequence[WordProblem]) -> Iterator[str]:
@@ -65,7 +65,7 @@ def tokenizer_texts(problems: Sequence[WordProblem]) -> Iterator[str]:
 
 
 def exercises(config: ArithmeticConfig, rng: random.Random) -> str:
-    """Three to six calculations without a story, in the task's range."""
+    """Write three to six calculations without a story, in the task's range."""
     steps: list[Step] = []
     value = rng.randint(0, config.max_value)
     count = rng.randint(3, 6)
@@ -83,7 +83,7 @@ def exercises(config: ArithmeticConfig, rng: random.Random) -> str:
 
 
 class ProblemTokens:
-    """Problems with their prompts rendered once."""
+    """Problems whose prompts are rendered only once."""
 
     def __init__(self, problems: Sequence[WordProblem], tokenizer: PreTrainedTokenizerBase) -> None:
         self.problems = problems
@@ -100,7 +100,7 @@ class ProblemTokens:
 
 
 def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, seed: int) -> Batches:
-    """Exercises and right solutions, without end."""
+    """Yield exercises and right solutions endlessly."""
     from examples.embedded_models.supervised import Example
 
     rng = random.Random(f"base/{seed}")
@@ -120,7 +120,7 @@ def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, see
 def careless_batches(
     tokens: ProblemTokens, slip_rate: float, size: int, seed: int, styles: Sequence[Style] = STYLES
 ) -> Batches:
-    """Solutions with slips, without end: a policy that imitates them has headroom."""
+    """Yield solutions with slips endlessly: a policy that imitates them has headroom."""
     rng = random.Random(f"careless/{seed}")
 
     def draw() -> Example:

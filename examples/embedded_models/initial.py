@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers of numbers and few words, and an untrained policy."""
+"""Makes byte-level BPE tokenizers for numbers and a few words, and an untrained policy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY_SIZE = 512
 PAD, EOS = "<pad>", "<eos>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 REWARD_SEPARATOR, REWARD_MARKER = "<|reward|>", "[UNUSED_TOKEN_130]"
-"""POLAR's: between the halves of its input, and at its end, where the score is read."""
+"""POLAR's marks: between the halves of its input, and at its end, where the score is read."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -27,10 +27,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""Each role's marker before its text; `<eos>` after the assistant's. There is no BOS that could be doubled."""
+"""Puts each role's marker before its text, and `<eos>` after the assistant's. No BOS token, which might be doubled."""
 
 CALL = ("<tool_call>", "</tool_call>")
-"""Not special: they stay in decoded texts, for whoever reads the calls."""
+"""Not special tokens, so that decoded texts keep them for whatever parses the calls."""
 
 AGENT_TEMPLATE = (
     "{% if tools %}{{ '<|system|>' }}{% for tool in tools %}"
@@ -49,16 +49,16 @@ AGENT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""The same, with a line of tools, their calls in Hermes' form, and their answers."""
+"""The same, with a line of tools, tool calls in Hermes' form, and the tools' answers."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A deterministic tokenizer for any UTF-8 text, one token for each digit."""
+    """Train a deterministic tokenizer for any UTF-8 text, with one token per digit."""
     return _trained(texts, [*ROLES, REWARD_SEPARATOR, REWARD_MARKER], CHAT_TEMPLATE, r"\p{N}")
 
 
 def train_agent_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token for up to two digits, and for the marks of a call. The texts may be whole conversations."""
+    """Train a tokenizer with one token for up to two digits and for a call's marks. Texts may be conversations."""
     special = [*ROLES, "<|tool|>"]
     marks = "|".join(map(re.escape, (PAD, EOS, *special, *CALL)))
     pieces = (piece for text in texts for piece in re.split(marks, text))
@@ -72,7 +72,7 @@ def _trained(texts: Iterable[str], special: Sequence[str], template: str, number
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # A word keeps the space before it; whatever else comes in runs.
+    # A word keeps the space before it; other characters form runs.
     pieces = Regex(number + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -101,13 +101,13 @@ def _trained(texts: Iterable[str], special: Sequence[str], template: str, number
 
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 128, 3, 4, 256
-"""Heads of 32: the smallest in vLLM's CPU attention."""
+"""Heads have width 32, the smallest in vLLM's CPU attention."""
 INITIALIZER_RANGE = 0.07
-"""About hidden ** -0.5. The usual 0.02 suits wide models; a narrow one then takes twice as many steps."""
+"""About hidden ** -0.5. The usual 0.02 suits wide models; with it a narrow one takes twice as many steps."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
-    """`model_type: llama` keeps transformers from replacing the tokenizer."""
+    """Return the configuration; `model_type: llama` keeps transformers from replacing the tokenizer."""
     from transformers import LlamaConfig
 
     shape = {

@@ -1,4 +1,4 @@
-"""Right and wrong answers of many kinds, labelled by the rule, and fine-tuning triplets of them."""
+"""Right and wrong answers of many kinds, labelled by the rule, and fine-tuning triplets made from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_right(answer: str, gold: int) -> bool:
 
 
 def correctness(problems: Sequence[WordProblem], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """[problems, answers] bool."""
+    """Return [problems, answers] bool."""
     return np.array(
         [[is_right(text, problem.answer) for text in texts] for problem, texts in zip(problems, answers, strict=True)]
     )
@@ -52,7 +52,7 @@ def _answer_only(problem: WordProblem, style: Style, rng: random.Random) -> str:
 
 
 def _lucky(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """Wrong steps, right answer: right by the rule."""
+    """Write wrong steps with the right answer, which is right by the rule."""
     steps = write_solution(careless_steps(problem.steps, 0.5, rng), problem.thing, style).splitlines()[:-1]
     return "\n".join([*steps, f"#### {problem.answer}"])
 
@@ -67,7 +67,7 @@ def _wrong_last_line(problem: WordProblem, style: Style, rng: random.Random) -> 
 
 
 def _misread(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """One number or operation misread, the rest right."""
+    """Write a solution with one number or operation misread and the rest right."""
     wrong = rng.randrange(len(problem.steps))
     value, written = problem.steps[0].left, []
     for i, step in enumerate(problem.steps):
@@ -104,7 +104,7 @@ def _cut(problem: WordProblem, style: Style, rng: random.Random) -> str:
 
 
 def _second_thoughts(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """The last answer counts."""
+    """Write a right solution and then wrong answers; the last answer counts."""
     lines = write_solution(problem.steps, problem.thing, style).splitlines()
     return "\n".join([*lines, *(f"#### {slip(problem.steps[-1], rng)}" for _ in range(rng.randint(1, 3)))])
 
@@ -142,12 +142,12 @@ WRONG: tuple[tuple[Writer, float], ...] = (
 
 
 def right_answer(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """Right by the rule."""
+    """Write an answer that is right by the rule."""
     return _draw(RIGHT, problem, style, rng, right=True)
 
 
 def wrong_answer(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """Wrong by the rule; mostly near misses."""
+    """Write an answer that is wrong by the rule, mostly a near miss."""
     return _draw(WRONG, problem, style, rng, right=False)
 
 
@@ -162,12 +162,12 @@ def _draw(
 
 
 SAMPLED_SHARE = 0.5
-"""Share of fine-tuning candidates from policies, where a problem has them; the rest are written by rule."""
+"""Share of fine-tuning candidates from policies, if a problem has any; the rest are written by rule."""
 
 
 LARGEST_GUESS = 41
 CANDIDATES = 4
-"""Right answers, and wrong ones, per problem and draw: they share prompt and reference, so this is cheap."""
+"""Right answers, and as many wrong ones, per problem and draw; cheap because they share prompt and reference."""
 
 
 def last_line(text: str) -> str:
@@ -175,14 +175,14 @@ def last_line(text: str) -> str:
 
 
 def phrasing(variant: Variant) -> str:
-    """Shared by policies that POLAR must distinguish."""
+    """Return the phrasing, which policies that POLAR must distinguish share."""
     return variant.style
 
 
 def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[Triplet]]:
-    """Per problem the right last line against four wrong ones; without end.
+    """Yield, per problem, the right last line against four wrong ones, endlessly.
 
-    Reading and comparing two numbers is learnt from these in a tenth of the time of whole solutions.
+    From these, reading and comparing two numbers is learnt in a tenth of the time that whole solutions take.
     """
     rng = random.Random(f"final/{seed}")
     while True:
@@ -200,11 +200,10 @@ def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[T
 def labelled_triplets(
     problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, crossed: bool | None = None
 ) -> Iterator[list[Triplet]]:
-    """All pairs of CANDIDATES right and as many wrong answers per problem, without end. Reference: the gold solution
-    in any phrasing.
+    """Yield, per problem, all pairs of CANDIDATES right and as many wrong answers, endlessly.
 
-    `sampled` holds policies' answers by problem. `crossed` fixes whether the phrasing of candidates written by rule
-    differs from the reference's (None: any).
+    The reference is the gold solution in any phrasing. `sampled` holds policies' answers by problem. `crossed` fixes
+    whether the phrasing of candidates written by rule differs from the reference's (None: any).
     """
     rng = random.Random(f"labelled/{seed}")
     judged = [

@@ -22,11 +22,11 @@ from rlkit.rollout.requests import Response
 
 MAX_EPISODE_TOKENS = 512
 Moves = Generator[Action, str, None]
-"""Sent what the environment answers."""
+"""Yields actions; is sent the environment's answers."""
 
 
 def guess_number(task: Task, sensible: float, rng: random.Random) -> Moves:
-    """Halves what is left."""
+    """Halve the remaining interval, else guess anything."""
     low, high = task.columns["low"], task.columns["high"]
     while True:
         anything = rng.randint(task.columns["low"], task.columns["high"])
@@ -38,7 +38,7 @@ def guess_number(task: Task, sensible: float, rng: random.Random) -> Moves:
 
 
 def calculator(task: Task, sensible: float, rng: random.Random) -> Moves:
-    """Calls, and says what it hears; else it misreads, or answers anything."""
+    """Call the tool and repeat its answer; else misread the expression, or answer anything."""
     heard, expression = "", task.columns["expression"]
     while True:
         careful = rng.random() < sensible
@@ -51,7 +51,7 @@ def calculator(task: Task, sensible: float, rng: random.Random) -> Moves:
 
 
 def hidden_facts(task: Task, sensible: float, rng: random.Random) -> Moves:
-    """Asks, and says what it hears; else it asks about anything, or answers anything."""
+    """Ask and repeat the answer; else ask about anything, or answer anything."""
     known, animal = "", task.columns["animal"]
     while True:
         careful = rng.random() < sensible
@@ -66,7 +66,7 @@ def hidden_facts(task: Task, sensible: float, rng: random.Random) -> Moves:
 
 
 def maze(task: Task, sensible: float, rng: random.Random) -> Moves:
-    """Goes a shortest way, or anywhere."""
+    """Take a shortest path, else move anywhere."""
     passages, cell = task.columns["open"], task.columns["start"]
     left = distances(passages, task.columns["goal"])
     while True:
@@ -77,7 +77,7 @@ def maze(task: Task, sensible: float, rng: random.Random) -> Moves:
 
 
 def _misread(expression: str, rng: random.Random) -> str:
-    """With another number in one place."""
+    """Replace one number of the expression by another."""
     numbers = expression.replace("-", "+").replace("*", "+").split("+")
     place = rng.randrange(len(numbers))
     return expression.replace(numbers[place], str(rng.randint(11, 99)), 1)
@@ -94,7 +94,7 @@ class Game:
     player: Callable[[Task, float, random.Random], Moves]
 
     def tasks(self, split: Any, **options: int) -> Sequence[Task]:
-        """With the options that it has."""
+        """Return its tasks, with those of the options that the environment has."""
         known = {name: value for name, value in options.items() if name in self.environment.Config.model_fields}
         return self.environment.tasks(self.environment.Config(**known), split, TASK_SEED) or ()
 
@@ -109,7 +109,7 @@ GAMES = (
 
 
 class Writer:
-    """Token ids of conversations with a game, as its episodes have them."""
+    """Produces the token ids of conversations with a game, as in its episodes."""
 
     def __init__(self, template: ChatTemplate, game: Game) -> None:
         tools = game.environment.tools(game.environment.Config(), None)
@@ -118,7 +118,7 @@ class Writer:
         self.context = EnvironmentContext(tools)
 
     def turn(self, action: Action) -> list[int]:
-        """What the policy samples to say this."""
+        """Return the token ids that the policy would sample for this action."""
         asks = Message("user", "")
         said = Message("assistant", action.text, calls=action.calls)
         before, whole = (
@@ -130,7 +130,7 @@ class Writer:
 
 
 class Match:
-    """One episode of a game, played by whoever calls `turn`."""
+    """One episode of a game, played by calls to `turn`."""
 
     def __init__(self, game: Game, task: Task, writer: Writer) -> None:
         self.config = game.environment.Config()
@@ -162,7 +162,7 @@ class Match:
 
 
 async def scripted(game: Game, task: Task, writer: Writer, sensible: float, rng: random.Random) -> Match:
-    """A whole episode of the scripted player, whose moves are sensible with this probability."""
+    """Play a whole episode with the scripted player, whose moves are sensible with this probability."""
     match = Match(game, task, writer)
     await match.begin()
     moves = game.player(task, sensible, rng)

@@ -1,4 +1,4 @@
-"""The embedded POLAR discriminator: stages of `python -m rlkit.train_reward reward=polar`."""
+"""Makes the embedded POLAR discriminator, by stages of `python -m rlkit.train_reward reward=polar`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlkit.config.overrides import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]
-"""Variant -> per prompt, its two answers."""
+"""Variant -> its two answers to each prompt."""
 
 
 class StageFailed(RuntimeError):
@@ -42,7 +42,7 @@ def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str,
 
 
 def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, scale: Scale) -> list[list[str]]:
-    """Per problem the embedded policy's answers, and the pool's training policies' where they answered it."""
+    """Return, per problem, the embedded policy's answers and those of the pool's training policies, if any."""
     candidates = [list(texts) for texts in sampled]
     for variant in scale.pool:
         if not variant.heldout:
@@ -54,9 +54,9 @@ def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, 
 def pretrain(
     base: Path, problems: Sequence[WordProblem], answers: AnswersByName, scale: Scale, seed: int, work: Path
 ) -> Measures:
-    """Distinguish policies (equation 7) of the pool's training part; the held-out ones measure it.
+    """Train to distinguish the pool's training policies (equation 7); measure on the held-out ones.
 
-    From the language model `base`, first on last lines alone, then on whole answers, into `work/whole/model`.
+    Starts from the language model `base`: first only on last lines, then on whole answers, into `work/whole/model`.
     """
     _make_empty(work)
     heldout = [variant.name for variant in scale.pool if variant.heldout]
@@ -100,9 +100,9 @@ def finetune(
     seed: int,
     work: Path,
 ) -> Measures:
-    """Distinguish right from wrong with the gold solution as reference (equation 8), into `work/whole/model`.
+    """Train to tell right from wrong with the gold solution as reference (equation 8), into `work/whole/model`.
 
-    First on last lines alone, then on whole answers; `judged` are the held-out problems.
+    First only on last lines, then on whole answers; `judged` are the held-out problems.
     """
     _make_empty(work)
     heldout = work / "heldout.jsonl"
@@ -129,8 +129,8 @@ def finetune(
 def measure_discriminator(
     model: Path, problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, work: Path
 ) -> Measures:
-    """Right-versus-wrong accuracy on held-out problems: answers by rule, in the reference's phrasing and in another;
-    and sampled answers against the first reference, as `reward=polar` compares them."""
+    """Measure right-versus-wrong accuracy on held-out problems: for answers written by rule, in the reference's
+    phrasing and in another; and for sampled answers against the first reference, as `reward=polar` compares them."""
     _make_empty(work)
     nothing: list[list[str]] = [[] for _ in problems]
     measures: Measures = {"problems": len(problems)}
@@ -147,7 +147,7 @@ def measure_discriminator(
 
 
 def _options(start: Path, training: Training) -> dict[str, Any]:
-    """AdamW with a short warm-up, cosine down to 3 %."""
+    """AdamW with a short warm-up and cosine decay to 3 %."""
     return {
         "reward__model_path": start,
         "reward__steps": training.steps,
@@ -174,7 +174,7 @@ def _trajectories(
 
 
 def _sampled_pairs(problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]]) -> Iterator[list[Triplet]]:
-    """All (right, wrong) pairs of a problem's distinct sampled answers."""
+    """Yield all (right, wrong) pairs of a problem's distinct sampled answers."""
     for problem, texts in zip(problems, sampled, strict=True):
         reference = write_solution(problem.steps, problem.thing, STYLES[0])
         distinct = list(dict.fromkeys(texts))
@@ -194,7 +194,7 @@ def _write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _value(value: Any) -> str:
-    """In Hydra's grammar."""
+    """Write a value in Hydra's grammar."""
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_value, value)) + "]"
     return quoted(str(value))

@@ -3,9 +3,9 @@
     python -m examples.embedded_models.remake [out=FOLDER] [scale=full|fast] [seed=0] [work=FOLDER] [only=agent]
 
 Writes `policy/`, `polar/` and `agent/` (Hugging Face folders) and `report.json` into `out`, which is by default the
-package itself; with `only=agent` the agent alone, and what the report says of it. `docs/embedded.md` says how long it
-takes and what each number of the report means. With `work` the stages' results are kept there, and a stage that is
-there already is not repeated.
+package itself. With `only=agent` it writes only the agent and its part of the report. `docs/embedded.md` says how long
+it takes and what each number of the report means. `work` keeps the stages' results; a stage whose result is already
+there is not repeated.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 class _Stages:
-    """Keeps the result of each stage as `work/<name>.json`, beside its files."""
+    """Keeps the result of each stage as `work/<name>.json`, next to its files."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
-        """The stage's result, as JSON has it; computed only if missing."""
+        """Return the stage's result as read from JSON; compute it only if it is missing."""
         file = self.work / f"{name}.json"
         if file.is_file():
             kept = json.loads(file.read_text())
@@ -147,7 +147,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def remake_agent(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
-    """Make the agent. Return the report in `out/report.json`, of which the rest stays."""
+    """Make the agent. Return the report in `out/report.json`; its other parts stay unchanged."""
     from examples.embedded_models.scale import SCALES
 
     stage = _Stages(work)
@@ -196,7 +196,7 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Of the weights."""
+    """Return facts about the weights."""
     from safetensors import safe_open
 
     file = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Answers of tiny policies by transformers: an engine per policy would start more slowly than it samples."""
+"""Samples answers of tiny policies with transformers; an engine per policy would start more slowly than it samples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PROMPTS_PER_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Defaults are those of POLAR's pre-training trajectories."""
+    """Sampling options. Defaults are those of POLAR's pre-training trajectories."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0: greedy."""
     top_p: float = 0.9
     top_k: int = 50
-    """0 keeps all tokens."""
+    """0: all tokens."""
 
 
 PLAIN = Sampling(top_p=1.0, top_k=0)
@@ -37,7 +37,7 @@ def load_policy(folder: Path) -> nn.Module:
 def sample_answers(
     model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
-    """Per prompt `count` answers, cut at MAX_ANSWER_TOKENS."""
+    """Sample `count` answers per prompt, cut at MAX_ANSWER_TOKENS."""
     torch.manual_seed(seed)
     sampled = sample_tokens(model, tokenizer, prompts, count, sampling, MAX_ANSWER_TOKENS)
     decode = tokenizer.batch_decode  # type: ignore[attr-defined]
@@ -53,8 +53,8 @@ def sample_tokens(
     sampling: Sampling,
     max_tokens: int,
 ) -> list[list[list[int]]]:
-    """Per prompt `count` responses, with their end token if they have one. Torch's own seed draws them."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
+    """Sample `count` responses per prompt, with their end token if they have one, from torch's own seed."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together, for little padding
     sampled: list[list[list[int]]] = [[] for _ in prompts]
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id  # type: ignore[attr-defined]
     for start in range(0, len(order), max(1, PROMPTS_PER_BATCH // count)):

@@ -1,4 +1,4 @@
-"""Sizes of every stage: for the shipped models (`full`), and for a run of seconds (`fast`)."""
+"""Sizes of every stage: for the shipped models (`full`), and for a run that takes seconds (`fast`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy of the pool of POLAR's trajectories: a phrasing, and the probability of a wrong step."""
+    """A policy in the pool for POLAR's trajectories: a phrasing, and the probability of a wrong step."""
 
     style: Style
     slip_rate: float
     heldout: bool = False
-    """Not trained on: measures same-versus-different accuracy."""
+    """Not trained on; used to measure same-versus-different accuracy."""
 
     @property
     def name(self) -> str:
@@ -46,26 +46,26 @@ class Scale:
     base: Training
     warm_start: Training
     slip_rate: float
-    """Of the solutions that the embedded policy imitates: its headroom."""
+    """Slip rate of the solutions that the embedded policy imitates, which gives it headroom."""
     variant: Training
     pool: tuple[Variant, ...]
     trajectory_prompts: int
-    """Prompts with two answers of every policy of the pool."""
+    """Prompts with two answers from every policy of the pool."""
     policy_prompts: int
-    """Train prompts with four answers of the embedded policy, for fine-tuning pairs."""
+    """Training prompts with four answers from the embedded policy, for fine-tuning pairs."""
     pretrain_last_lines: Training
-    """First only last lines of trajectories: reading and comparing numbers is learnt there sooner."""
+    """First stage, only on last lines of trajectories, which teach reading and comparing numbers sooner."""
     pretrain: Training
     finetune_last_lines: Training
     finetune: Training
     judged_problems: int
     """Held-out problems for the report."""
     agent_base: Training
-    """On players whose moves are nearly all sensible."""
+    """Training on players whose moves are nearly all sensible."""
     agent: Training
-    """On players who play badly: the agent's headroom."""
+    """Training on players who play badly, which gives the agent headroom."""
     matches: int
-    """Of each game, in each of the two."""
+    """Matches of each game, in each of the two trainings."""
     judged_matches: int
     """Held-out tasks of every game for the report."""
 

@@ -1,4 +1,4 @@
-"""The stages of remaking the embedded models; each reads earlier results and returns its measures."""
+"""The stages that remake the embedded models; each reads earlier results and returns its measures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Measures = dict[str, Any]
 ANSWERS_PER_PROBLEM = 8
 REPORT_EVERY_SECONDS = 10.0
 THREADS = 1
-"""Two are hardly quicker for models this small, and sums then depend on the split."""
+"""Two threads are hardly faster for models this small, and sums would then depend on the split."""
 
 
 def warmup_steps(steps: int) -> int:
@@ -32,7 +32,7 @@ def warmup_steps(steps: int) -> int:
 
 
 def learner_config(training: Training) -> LearnerConfig:
-    """AdamW with a short warm-up, cosine down to 3 %."""
+    """AdamW with a short warm-up and cosine decay to 3 %."""
     return LearnerConfig(
         learning_rate=training.learning_rate,
         schedule="cosine",
@@ -44,7 +44,7 @@ def learner_config(training: Training) -> LearnerConfig:
 
 
 def run_steps(step: Callable[[Any], float], batches: Iterator[Any], steps: int, what: str) -> list[float]:
-    """Return the loss before each of `steps` optimizer steps."""
+    """Run `steps` optimizer steps; return the loss before each."""
     losses, shown = [], time.monotonic()
     for number in range(1, steps + 1):
         losses.append(step(next(batches)))
@@ -59,7 +59,7 @@ def make_tokenizer(problems: Sequence[WordProblem], scale: Scale, folder: Path) 
 
 
 def fine_tune(start: Path, training: Training, batches: Iterator[list[Example]], what: str, folder: Path) -> Measures:
-    """Supervised training of the model in `start`, saved with its tokenizer in `folder`."""
+    """Fine-tune the model in `start`, and save it with its tokenizer in `folder`."""
     learner = SupervisedLearner(start, learner_config(training), device="cpu", total_steps=training.steps)
     losses = run_steps(learner.step, batches, training.steps, what)
     learner.save(folder)
@@ -68,7 +68,7 @@ def fine_tune(start: Path, training: Training, batches: Iterator[list[Example]],
 
 
 def make_base(tokenizer: Path, problems: Sequence[WordProblem], scale: Scale, seed: int, folder: Path) -> Measures:
-    """The start of all policies: exercises and right solutions."""
+    """Train the model that all policies start from, on exercises and right solutions."""
     untrained = folder.with_name(folder.name + "_untrained")
     loaded = load_tokenizer(tokenizer)
     save_untrained_policy(untrained, loaded, seed)
@@ -77,14 +77,14 @@ def make_base(tokenizer: Path, problems: Sequence[WordProblem], scale: Scale, se
 
 
 def make_policy(base: Path, problems: Sequence[WordProblem], scale: Scale, seed: int, folder: Path) -> Measures:
-    """The embedded policy, warm-started on careless solutions in all phrasings."""
+    """Make the embedded policy, warm-started on careless solutions in all phrasings."""
     tokens = ProblemTokens(problems, load_tokenizer(base))
     batches = careless_batches(tokens, scale.slip_rate, scale.warm_start.batch, seed)
     return fine_tune(base, scale.warm_start, batches, "policy", folder)
 
 
 def measure_policy(folder: Path, problems: Sequence[WordProblem], seed: int) -> Measures:
-    """Accuracy at temperature 1 and greedy, and the share of problems with a right answer among eight."""
+    """Measure accuracy at temperature 1 and greedy, and the share of problems with a right answer among eight."""
     sampled = correctness(problems, answers_of(folder, problems, ANSWERS_PER_PROBLEM, PLAIN, seed))
     greedy = correctness(problems, answers_of(folder, problems, 1, GREEDY, seed))
     return {
@@ -106,7 +106,7 @@ def answers_of(
 def sample_pool(
     base: Path, problems: Sequence[WordProblem], asked: Sequence[WordProblem], scale: Scale, seed: int, folder: Path
 ) -> dict[str, list[list[str]]]:
-    """Fine-tune every policy of the pool; its two answers to each problem of `asked`, by the variant's name."""
+    """Fine-tune every policy of the pool; return variant -> its two answers to each problem of `asked`."""
     tokens = ProblemTokens(problems, load_tokenizer(base))
     trajectories: dict[str, list[list[str]]] = {}
     for number, variant in enumerate(scale.pool):

@@ -1,4 +1,4 @@
-"""Fine-tuning a language model on prompts and targets."""
+"""Fine-tunes a language model on prompts and targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlkit.reward_training.engine import SupervisedEngine, save_language_model
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids; the loss covers the target alone."""
+    """Token ids of prompt and target; the loss covers only the target."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -32,7 +32,7 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Against a micro-batch's limit."""
+        """Number of tokens that count towards a micro-batch's limit."""
         return self.tree.charged_tokens
 
     @property
@@ -41,7 +41,7 @@ class Example:
 
 
 class SupervisedLearner:
-    """Needs an initialised process group."""
+    """Trains by supervised learning; needs an initialised process group."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SupervisedLearner:
         return total
 
     def step(self, examples: Sequence[Example]) -> float:
-        """Return the loss per trained token before the step."""
+        """Train on a batch; return the loss per trained token before the step."""
         return self.training.step(examples, trained_tokens(examples))
 
     def evaluate(self, examples: Sequence[Example]) -> float:

@@ -1,4 +1,4 @@
-"""An algorithm of your own: the best responses of a group are imitated, the others are left alone."""
+"""An algorithm of your own: it imitates the best responses of a group and ignores the others."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class BestOfGroup(SurrogateAlgorithm):
     """Advantage 1 for samples whose reward is the best of their group and above its mean, else 0; PPO's surrogate."""
 
     class Config(SurrogateConfig):
-        """The surrogate's options (clipping, KL, aggregation), and one more."""
+        """The surrogate's options (clipping, KL, aggregation) and one more."""
 
         margin: float = Field(default=0.0, ge=0)
         """How far above its group's mean the best reward must be."""
 
     def needs(self) -> AlgorithmNeeds:
-        """A best sample needs another one to be better than."""
+        """Require at least two samples: the best one must be better than another."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
     def credit(self, experience: Experience) -> Advantages:
-        """One number per sample, the same for all its tokens."""
+        """Return one number per sample, the same for all its tokens."""
         outcomes = Outcomes.of(experience)
         rewards, metrics = self.sample_rewards(experience, outcomes)
         advantages, keep = np.zeros(len(rewards)), np.zeros(len(rewards), dtype=np.bool_)

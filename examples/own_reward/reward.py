@@ -1,4 +1,4 @@
-"""A reward of your own: right answers count, and short ones count a little more."""
+"""A reward of your own: right answers count, and shorter ones count a little more."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class BriefAndRight(Reward):
         """Every field is a key: `reward.price_per_token=0.01`."""
 
         price_per_token: float = Field(default=0.002, ge=0)
-        """Reward that each response token costs."""
+        """Subtracted from the reward for each response token."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Checked against the data before anything starts."""
+        """Return the traits, which are checked against the data before anything starts."""
         return RewardTraits(answer=True, uses_gpu=False)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """One score per sample, whole groups at once."""
+        """Return one score per sample, for whole groups at once."""
         return [
             GroupScores(tuple(self._score(group.prompt.answer, sample) for sample in group.samples)) for group in groups
         ]

@@ -1,4 +1,4 @@
-"""From a response and its row to a verdict."""
+"""Turns a response and its data row into a verdict."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class BadTests(ValueError): ...
 
 @dataclass(frozen=True)
 class AssertTests:
-    """Python texts that must run without an exception (HumanEval, MBPP)."""
+    """Python code that must run without an exception (HumanEval, MBPP)."""
 
     tests: tuple[str, ...]
     setup: str = ""
     entry_point: str | None = None
-    """Where the setup holds a stub of it."""
+    """Name of the function under test, if the setup holds a stub of it."""
 
 
 @dataclass(frozen=True)
 class InputOutputTests:
-    """Standard input and expected standard output of each test (APPS, TACO)."""
+    """Each test's standard input and expected standard output (APPS, TACO)."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -36,7 +36,7 @@ class InputOutputTests:
 
 @dataclass(frozen=True)
 class CallTests:
-    """Arguments and expected value of each call of one function (APPS, TACO with `fn_name`)."""
+    """Arguments and expected value of each call to one function (APPS, TACO with `fn_name`)."""
 
     fn_name: str
     inputs: tuple[list[Any], ...]
@@ -120,7 +120,7 @@ _PYTHON = {"python", "py", "python3"}
 
 
 def last_python_block(text: str) -> str | None:
-    r"""Return the last block fenced as Python, else the last without a language, else None.
+    r"""Return the last code block fenced as Python, else the last one without a language, else None.
 
     An unclosed block extends to the end of the text.
 
@@ -142,7 +142,7 @@ def last_python_block(text: str) -> str | None:
 
 
 def same_output(printed: str, expected: str, tolerance: float) -> bool:
-    """Compare line by line, ignoring white space between words and empty lines at the end.
+    """Compare line by line, ignoring the amount of white space between words and empty lines at the end.
 
     Expected decimal fractions may differ by `tolerance`, relative or absolute.
     """
@@ -207,7 +207,7 @@ class Verdict:
     passed: int
     total: int
     timeout: bool
-    """At the wall-clock deadline or out of CPU time."""
+    """The wall-clock deadline passed, or CPU time ran out."""
     trace: str
 
 
@@ -216,8 +216,8 @@ class Judge:
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
-        """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
-        (`time.monotonic()`) comes before the code's."""
+        """Run code against tests. Raise BadTests or Unavailable if the tests or the sandbox do not work, TimeoutError
+        if `deadline` (`time.monotonic()`) comes before the code's own deadline."""
         if code != encodable(code):
             return Verdict(0, len(_tests_of(tests)), False, "the code is no valid text")
         if isinstance(tests, AssertTests):
@@ -240,7 +240,7 @@ class Judge:
             passed += parts[0] == "passed"
             if parts[0] != "passed":
                 failures.append(f"{tests.tests[index][-_SHOWN:].strip()}: {parts[1]}")
-        if run.ended == "exit" and len(run.results) != total:  # only tests of the data set ran there
+        if run.ended == "exit" and len(run.results) != total:  # only the data set's tests ran in that process
             raise Unavailable(f"the process of the tests died after {len(run.results)} of {total} tests")
         return _verdict(passed, total, run, failures)
 
@@ -257,17 +257,17 @@ class Judge:
         return _verdict(passed, total, run, failures)
 
     def _is_expected(self, result: Any, expected: Any) -> bool:
-        # Whatever the result claims, it is compared here, as plain data.
+        # The result comes from untrusted code: compare it here, as plain data.
         if not isinstance(result, list) or len(result) != 2 or result[0] != "value":
             return False
         try:
             value = decode(result[1], _Opaque)
-            # APPS and TACO put the one expected value into a list.
+            # APPS and TACO wrap the single expected value in a list.
             wrapped = (
                 isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0], self._tolerance)
             )
             return wrapped or same_value(value, expected, self._tolerance)
-        except Exception:  # foreign code made it no message, or what cannot be compared: not the expected value
+        except Exception:  # untrusted code sent no valid message or nothing comparable
             return False
 
     def _programs(self, code: str, tests: InputOutputTests, deadline: float) -> Verdict:
@@ -282,7 +282,7 @@ class Judge:
                 continue
             wrong = _how(run) or f"expected {expected[:_SHOWN]!r}, got {printed[:_SHOWN]!r}"
             failures.append(f"input {stdin[:_SHOWN]!r}: {wrong}")
-            if not self._every_test or timeout:  # the others would take as long
+            if not self._every_test or timeout:  # the other tests would take as long
                 break
         return Verdict(passed, total, timeout, failures[0] if failures else f"all {total} tests passed")
 

@@ -19,27 +19,27 @@ from rlkit.experience.texts import encodable
 class CodeReward(Reward):
     """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
 
-    A program that crashes, hangs or exceeds a limit scores 0. A broken sandbox and unusable tests make the sample
-    invalid. Components: `correct`, `passed` (share; tests with standard input stop at the first failure, with `soft` at
-    a time-out) and `timeout`.
+    A program that crashes, hangs or exceeds a limit scores 0. A broken sandbox or unusable tests make the sample
+    invalid. Components: `correct`, `passed` (a share; tests on standard input stop at the first failure, or with `soft`
+    at the first time-out) and `timeout`.
     """
 
     class Config(RewardConfig, SandboxOptions):
         tests_column: str = "tests"
-        """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
+        """Data column with the tests: a list of assert statements, Python code that defines `check`, or
         `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""
         setup_column: str | None = None
-        """Column with Python that runs before the tests and the program (MBPP's `test_imports`)."""
+        """Column with Python code that runs before the tests and the program (MBPP's `test_imports`)."""
         prompt_is_setup: bool = False
-        """The question is Python and runs before the tests and the program (HumanEval)."""
+        """The question is Python code and runs before the tests and the program (HumanEval)."""
         entry_point_column: str | None = None
         """Column with the name of the function under test; the tests are then `check(<name>)` (HumanEval)."""
         require_fence: bool = True
-        """A response without a fenced code block scores 0; false: the whole response is the program."""
+        """A response without a fenced code block scores 0. false: its whole text is then the program."""
         soft: bool = False
         """Score the share of tests passed instead of 1 or 0."""
         float_tolerance: float = Field(default=1e-6, ge=0)
-        """Tolerance, relative or absolute, for expected decimal fractions."""
+        """Tolerance, relative or absolute, when the expected value is a decimal fraction."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -48,7 +48,7 @@ class CodeReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """bubblewrap: run a program, and one that tries to escape; http: validate the options."""
+        """bubblewrap: run one program, and one that tries to escape. http: only validate the options."""
         sandbox = config.sandbox()
         try:
             sandbox.check()
@@ -68,7 +68,7 @@ class CodeReward(Reward):
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         judge, threads = self._open()
-        # A fifth of the call's deadline is kept for everything else, so that this gives up before it is killed.
+        # Keep a fifth of the call's deadline for everything else, so that this gives up before it is killed.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
         pending = [
             {text: threads.submit(self._score, judge, text, group.prompt, deadline) for text in _texts(group)}

@@ -1,1 +1,1 @@
-"""Several rewards as one: `reward=[math,polar]`."""
+"""Several rewards combined into one: `reward=[math,polar]`."""

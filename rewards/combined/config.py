@@ -36,9 +36,9 @@ Values = Annotated[tuple[Scalar, ...], BeforeValidator(_as_list)]
 
 
 class When(Section):
-    """Conditions on the prompt, all of which must hold; none: every prompt.
+    """Conditions on the prompt, all of which must hold. Without any, every prompt passes.
 
-    Columns are `answer`, `references`, and the data's others. Empty texts, empty lists and null count as absent.
+    Columns are `answer`, `references` and the data's other columns. Empty texts, empty lists and null count as absent.
     """
 
     has: Names = ()
@@ -46,9 +46,9 @@ class When(Section):
     lacks: Names = ()
     """Columns that must be absent."""
     equals: Mapping[str, Values] = {}
-    """Column to the value, or list of values, of which it must have one; types count (1 is not '1')."""
+    """Column and its permitted value, or list of values; types matter (1 is not '1')."""
     differs: Mapping[str, Values] = {}
-    """Column to the value, or list of values, of which it must have none; an absent column differs."""
+    """Column and the value, or list of values, that it must not have; an absent column passes."""
 
     def applies(self, prompt: Prompt) -> bool:
         return (
@@ -59,7 +59,7 @@ class When(Section):
         )
 
     def columns(self) -> frozenset[str]:
-        """Columns the data must provide; of those that must be absent, `answer` and `references` need not exist."""
+        """Return the columns that the data must have, including those in `lacks` except `answer` and `references`."""
         absent = {name for name in self.lacks if name not in ("answer", "references")}
         return frozenset({*self.has, *absent, *self.equals, *self.differs})
 
@@ -86,14 +86,14 @@ def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""Names appear in keys and metrics; the two excluded are components of the whole."""
+"""Names appear in keys and metrics; the two excluded names are components of the combined score."""
 
 
 class PartOptions(Section):
     weight: float = Field(default=1.0, ge=-1000, le=1000)
-    """Factor of its value and process rewards, with combine=sum, logical_and or mean."""
+    """Weight of its value and process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
-    """The prompts that it judges; all conditions must hold."""
+    """Which prompts it judges; all conditions must hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -127,18 +127,18 @@ class RewardPart:
 
 
 NO_SOURCE = {"use_attribute_docstrings": False}
-"""For models that no file describes: pydantic would look through every loaded module for each of them."""
+"""For models created without a source file: pydantic would search every loaded module for each of them."""
 
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
-    """Raise PartError."""
+    """Return the model of a part's section. Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
     return create_model(f"{kind.__name__}Part", __base__=(options, own), __cls_kwargs__=NO_SOURCE)
 
 
 def read_part(name: str, section: Any) -> RewardPart:
-    """Raise ValueError: PartError, pydantic's ValidationError, or a plain one."""
+    """Read a part. Raise ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
         raise ValueError(
             f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped, ensemble_std are taken"
@@ -167,14 +167,14 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 
 class CombinedFields(RewardConfig):
     timeout_seconds: Deadline = 120.0
-    """Deadline of one scoring call; by default the sum of the parts'. After it the worker is replaced and the call
-    tried once more."""
+    """Deadline of one scoring call; by default the sum of the parts' deadlines. When it passes, the worker is replaced
+    and the call retried once."""
     combine: Combine = "sum"
-    """How values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for members that
-    estimate the same: mean, median, min, mean_minus_std, mean_minus_variance; or the dotted path of a class, which
-    with options is {kind:my_module.MyCombiner,my_option:3}."""
+    """How the parts' values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for parts
+    that estimate the same quantity: mean, median, min, mean_minus_std, mean_minus_variance; or the dotted path of a
+    class, with options as {kind:my_module.MyCombiner,my_option:3}."""
     spread_weight: float = Field(default=1.0, gt=0, le=1000)
-    """mean_minus_std and mean_minus_variance: factor of the spread subtracted."""
+    """mean_minus_std and mean_minus_variance: weight of the spread that is subtracted."""
     shaping: Shaping = ()
     """Steps applied to the combined scores, like [{kind:par,reference_value:0}]."""
 
@@ -199,7 +199,7 @@ class CombinedFields(RewardConfig):
 
 class CombinedConfig(CombinedFields):
     parts: dict[str, Any] = Field(default={}, validate_default=True)
-    """Name to section of each part: `_target_`, its reward's fields, and `weight`, `when`, `shaping`."""
+    """Name and section of each part: `_target_`, its reward's fields, and `weight`, `when`, `shaping`."""
 
     @field_validator("parts")
     @classmethod
@@ -210,13 +210,13 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part.
+    """Return `plain` with a typed section for each part.
 
-    A part whose class cannot be used is a field that no value suits; one without `_target_` is no field.
+    A part whose class cannot be used becomes a field that rejects every value; one without `_target_` gets no field.
     """
     parts = section.get("parts")
     if not isinstance(parts, Mapping) or not parts or not all(PART_NAME.fullmatch(str(name)) for name in parts):
-        return plain  # says what is wrong
+        return plain  # its validation says what is wrong
     fields: dict[str, Any] = {}
     for name, part in parts.items():
         if isinstance(part, Mapping) and TARGET in part:
@@ -253,7 +253,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """None if a part is wrong (reported elsewhere)."""
+    """Return the sum of the parts' deadlines; None if a part is wrong (reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

@@ -106,7 +106,7 @@ def _unfit_times(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterato
 
 
 def with_part_key(message: str, part: RewardPart) -> str:
-    """A part's message with the user's keys (`reward.x` -> `reward.parts.NAME.x`)."""
+    """Rewrite a part's message with the user's keys (`reward.x` -> `reward.parts.NAME.x`)."""
     own = "|".join(sorted(map(re.escape, part.kind.Config.model_fields), key=len, reverse=True))
     key = f"reward.parts.{part.name}"
     moved = re.sub(rf"\breward\.(?=(?:{own})\b)", f"{key}.", message)
@@ -114,7 +114,7 @@ def with_part_key(message: str, part: RewardPart) -> str:
 
 
 ScoresByPart = dict[str, list[GroupScores | None]]
-"""By part; None where it does not judge the prompt."""
+"""Scores by part; None where the part does not judge the prompt."""
 
 
 class PartFailedError(UserError): ...
@@ -123,8 +123,8 @@ class PartFailedError(UserError): ...
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
-    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has one
-    worker.
+    A response that a part cannot judge is invalid. If a part learns, or a step has running statistics, the whole counts
+    as a reward that learns and has one worker.
     """
 
     Config = CombinedConfig
@@ -146,7 +146,7 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Running statistics are updated before advantages."""
+        """Join the parts' traits; running statistics are updated before advantages are computed."""
         parts = read_parts(config)
         traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
@@ -184,7 +184,7 @@ class CombinedReward(TrainableReward):
         return [message for part in read_parts(config) for message in part.kind.doubts(part.config, prompts)]
 
     def start(self) -> None:
-        """Raise PartFailedError that names the first part that cannot start."""
+        """Start every part; raise PartFailedError with the name of the first one that cannot start."""
         for name, reward in self._rewards.items():
             try:
                 reward.start()
@@ -192,7 +192,7 @@ class CombinedReward(TrainableReward):
                 raise PartFailedError(f"part {name} cannot start: {_named(error)}") from error
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Raise PartFailedError, after all parts were asked, if some of them raised."""
+        """Ask and combine all parts; if any of them raised, raise PartFailedError once all have been asked."""
         return self._combined(groups, self._ask(self._parts, groups))
 
     def _before_shaping(self, groups: Sequence[Group]) -> list[GroupScores]:
@@ -211,7 +211,7 @@ class CombinedReward(TrainableReward):
                     answer = reward.rescore([self._as_seen_by(part, group) for group in routed])
                 else:
                     answer = reward.score(routed)
-            except Exception as error:  # the other parts are still asked: the message names their failures, too
+            except Exception as error:  # ask the other parts all the same, so that the message lists every failure
                 log.exception("part %s raised", part.name)
                 failures[part.name] = error
                 continue
@@ -236,7 +236,7 @@ class CombinedReward(TrainableReward):
         return joined
 
     def _combined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool = False) -> list[GroupScores]:
-        """`unshaped` becomes a component if the whole is shaped."""
+        """Join the parts' scores and shape the whole; if that changes values, add the component `unshaped`."""
         joined = self._joined(groups, scores, learn)
         if _shapes_outcomes(self.config.shaping):
             joined = [_with_unshaped(scores) for scores in joined]
@@ -258,9 +258,9 @@ class CombinedReward(TrainableReward):
         return metrics
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score again the parts that learn before the advantages, and shape everything again.
+        """Score again with the parts that learn before advantages are computed, and shape everything again.
 
-        Other parts' values come from earlier scores; process rewards stay if there are no new ones.
+        The other parts' values come from earlier scores. Process rewards are kept if there are no new ones.
         """
         before = [name for name, when in update_times(self._parts).items() if when == "before"]
         scores = self._earlier(groups)
@@ -269,7 +269,7 @@ class CombinedReward(TrainableReward):
             again = self._combined(groups, scores)
             return [with_process_of(new, old) for new, old in zip(again, earlier, strict=True)]
         learnt = [part for part in self._parts if part.name in before]
-        # Process rewards cannot be read back from the sum of several parts.
+        # Process rewards of one part cannot be recovered from the sum over several.
         process = [part for part in self._parts if part.name not in before and part.traits.process_rewards]
         scores |= self._ask(learnt, groups, rescore=True) | self._ask(process, groups)
         again = self._combined(groups, scores)
@@ -299,7 +299,7 @@ class CombinedReward(TrainableReward):
 
     def _as_seen_by(self, part: RewardPart, group: Group) -> Group:
         judges = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
-        # In a combination of members the parts' values replace a part's own members.
+        # If the combiner builds an ensemble, the parts' values have replaced a part's own members.
         alone = judges == [part.name] and not self.config.combiner.ensemble
         return group.with_scores(part_scores(_scores(group), part.name, alone))
 
@@ -359,7 +359,7 @@ class CombinedReward(TrainableReward):
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part with a weight gives raw scores that no step, its own or the whole's, puts on a common scale."""
+    """Whether a part with non-zero weight gives raw scores that no step of it or of the whole brings to one scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)

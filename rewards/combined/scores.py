@@ -1,4 +1,4 @@
-"""Combiners: from several scores of a response or group to one."""
+"""Combiners: turn several scores of a response or group into one."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rlkit.experience.types import FloatArray, SpanReward
 
 
 class Combiner(Named):
-    """From several values of one response to one. Subclass it for your own."""
+    """Combines several values of one response into one. Subclass it for your own combiner."""
 
     weighted: ClassVar[bool] = False
-    """Whether weights count. Process rewards of several parts, and parts without a value, need that."""
+    """Whether it uses the weights. Process rewards of several parts, and parts without a value, require this."""
     averages: ClassVar[bool] = False
-    """Whether it divides by the sum of the weights (process rewards, too)."""
+    """Whether it divides by the sum of the weights (for process rewards, too)."""
     ensemble: ClassVar[bool] = False
-    """Whether the parts estimate the same: their values stay in the score, with their spread."""
+    """Whether the parts estimate the same quantity: the score then keeps their values and their spread."""
     pessimistic: ClassVar[bool] = False
-    """Whether `reward.spread_weight` counts."""
+    """Whether it uses `reward.spread_weight`."""
     sets_scale: ClassVar[bool] = False
-    """Whether raw model scores have a known spread after it."""
+    """Whether it gives raw model scores a known spread."""
 
     def weight_problem(self, weight: float) -> str | None:
         return None
 
     @abstractmethod
     def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
-        """values [K], weights [K], K >= 1 -> one value; one that is not finite makes the sample invalid."""
+        """values [K], weights [K], K >= 1 -> one value; a value that is not finite makes the sample invalid."""
 
     def __str__(self) -> str:
         return self.kind
@@ -102,7 +102,7 @@ class Median(Combiner):
 
 
 class Minimum(Combiner):
-    """The least of an ensemble (arXiv 2312.09244)."""
+    """The minimum of an ensemble (arXiv 2312.09244)."""
 
     kind: str = "min"
     ensemble: ClassVar[bool] = True
@@ -138,7 +138,7 @@ COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: c
 
 
 def parse_combiner(value: Any) -> Combiner:
-    """Raise ValueError."""
+    """Read a combiner by name or section. Raise ValueError."""
     return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
 
 
@@ -149,7 +149,7 @@ def _spelled_out(value: Any) -> str | dict[str, Any]:
 
 
 Combine = Annotated[str | dict[str, Any], BeforeValidator(_spelled_out)]
-"""With all options; a kind alone where there are none."""
+"""With all options; only the kind if there are none."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class Rule:
         """values [K], weights [K] -> one value. Raise ValueError for K = 0."""
         if len(values) == 0:
             raise ValueError("there is nothing to combine")
-        with np.errstate(over="ignore"):  # the caller refuses what is not finite
+        with np.errstate(over="ignore"):  # the caller refuses values that are not finite
             return float(self.combiner.combine(values, weights, self.spread_weight))
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
-    """sum w r_t [T] over the scores with token rewards."""
+    """Return sum w r_t [T] over the scores that have token rewards."""
     weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
@@ -176,7 +176,7 @@ def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArr
 
 
 def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[SpanReward, ...]:
-    """sum w r over equal spans; others are kept, in order of their ends."""
+    """Sum w r over equal spans; return all spans in order of their ends."""
     values: defaultdict[tuple[int, int], float] = defaultdict(float)
     for score, weight in zip(scores, weights, strict=True):
         for span in score.span_rewards:
@@ -187,9 +187,9 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 def averaged_pairs(
     pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
-    """Per pair compared the |weight|-weighted mean probability, winner first.
+    """Return for each compared pair the mean probability, weighted by |weight|, with the winner first.
 
-    A negative weight counts for the other sample, weight 0 not at all.
+    A negative weight counts for the other sample; weight 0 does not count.
     """
     votes: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for pairs, weight in zip(pairs_by_reward, weights, strict=True):
@@ -226,7 +226,7 @@ def combined_group(samples: int, parts: Sequence[PartScores], rule: Rule) -> Gro
 
 
 def named_reason(reason: str, name: str) -> str:
-    """`timeout: no answer` -> `timeout: part judge: no answer`: the class stays first."""
+    """Insert a name into a reason after its class: `timeout: no answer` -> `timeout: part judge: no answer`."""
     kind, _, details = reason.partition(":")
     return f"{kind.strip()}: {name}: {details.strip()}" if details.strip() else f"{kind.strip()}: {name}"
 
@@ -239,7 +239,7 @@ def _combined(i: int, parts: Sequence[PartScores], rule: Rule) -> Score:
     if failed:
         first, *others = failed
         reason = first.shaped.samples[i].reason
-        if not first.raw.samples[i].valid:  # a reason that comes from the part's shaping names the part already
+        if not first.raw.samples[i].valid:  # a reason from the part's shaping already names the part
             reason = named_reason(reason, f"part {first.name}")
         return Score.invalid(
             "; ".join([reason, *(f"part {o.name}: {o.shaped.samples[i].reason}" for o in others)]), trace
@@ -281,16 +281,15 @@ def _components(i: int, parts: Sequence[PartScores]) -> dict[str, float]:
         if raw.value is not None:
             components[part.name] = raw.value
         components |= {f"{part.name}/{name}": value for name, value in raw.components.items()}
-        if part.show_shaped and shaped.value is not None:  # last: scores that were read back hold an earlier one
+        if part.show_shaped and shaped.value is not None:  # last, to replace an earlier one in scores read back
             components[f"{part.name}/shaped"] = shaped.value
     return components
 
 
 def part_scores(scores: GroupScores, name: str, alone: bool = False) -> GroupScores:
-    """A part's scores, read back from combined ones; members of its ensemble only where it `alone` judged the
-    prompt.
+    """Read a part's scores back from combined ones, with its ensemble's members only if it `alone` judged the prompt.
 
-    A part without a value gets the combined process rewards. Invalid stays invalid.
+    A part without a value gets the combined process rewards. Invalid scores stay invalid.
     """
     return GroupScores(tuple(_part_score(score, name, alone) for score in scores.samples), scores.pairs)
 
@@ -305,7 +304,7 @@ def _part_score(score: Score, name: str, alone: bool) -> Score:
 
 
 def with_process_of(scores: GroupScores, earlier: GroupScores) -> GroupScores:
-    """New values with the earlier process rewards, preferences and traces; invalid ones stay so."""
+    """Return new values with the earlier process rewards, preferences and traces; invalid scores stay invalid."""
     samples = []
     for new, old in zip(scores.samples, earlier.samples, strict=True):
         process = {"token_rewards": old.token_rewards, "span_rewards": old.span_rewards, "trace": old.trace}

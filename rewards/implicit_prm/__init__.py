@@ -1,1 +1,1 @@
-"""The implicit process reward model: token rewards from log-ratios, trained on outcomes alone."""
+"""The implicit process reward model: token rewards from log-ratios, trained only on outcomes."""

@@ -1,4 +1,4 @@
-"""The options of `reward=implicit_prm`; no torch."""
+"""The options of `reward=implicit_prm`; does not import torch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ PAIRED: tuple[Objective, ...] = ("dpo", "nca")
 
 
 class ImplicitPRMConfig(OutcomeConfig):
-    """Defaults are PRIME's (its script and paper), but for the learning rate's scale."""
+    """Defaults are PRIME's (script and paper), except for the scale of the learning rate."""
 
     model_path: str = "embedded:policy"
-    """Folder of the causal language model that pi_phi starts from: usually the policy's."""
+    """Folder of the causal language model that pi_phi starts from, usually that of the policy."""
     reference_path: str | None = None
     """Folder of the frozen pi_ref; null: the same as `model_path`."""
     outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.MathReward"})
-    """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: none; the
+    """The reward that labels outcomes: `_target_` and its fields; its values should be from 0 to 1. null: none; the
     value is then the model's own score, beta * its summed log-ratios (needs update=none)."""
     reference: Literal["frozen", "policy"] = "frozen"
-    """frozen: pi_ref never changes; policy: it is the current policy (its log-probs are computed here, at temperature
-    1; costs one transfer of the weights per step)."""
+    """frozen: pi_ref never changes; policy: pi_ref is the current policy (its log-probs are computed here, at
+    temperature 1, which costs one transfer of the weights per step)."""
     beta: float = Field(default=0.05, gt=0)
     """Scale of the log-ratios, in the rewards and in the objective."""
     objective: Objective = "ce"
-    """ce: each response against its label, soft labels allowed; dpo, nca: pairs within a group; kto: unpaired."""
+    """ce: each response against its label, which may be soft; dpo, nca: pairs within a group; kto: unpaired."""
     update: UpdateWhen = "after"
-    """after: score all of a step before the model learns from it; before: learn, then score."""
+    """after: score the whole step, then learn from it; before: learn from it, then score."""
     learning_rate: LearningRate = 1e-6
     """Constant learning rate of AdamW."""
     minibatch_groups: int = Field(default=64, ge=1)
@@ -44,16 +44,16 @@ class ImplicitPRMConfig(OutcomeConfig):
     tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens per forward and backward pass."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass: less memory, about a third slower."""
     heldout_groups: int = Field(default=16, ge=0)
-    """Groups of the first steps that the model never learns from, to measure its accuracy (at most a quarter of a
-    step's groups)."""
+    """Number of groups, from the first steps, that the model never learns from, to measure its accuracy (at most a
+    quarter of a step's groups)."""
     offload: bool = False
     """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
 
     lora: AdapterConfig | None = None
-    """Train a low-rank adapter: reward.lora.rank=16; pi_ref is then pi_phi without it, and no second model is loaded.
-    null: all weights are trained."""
+    """Train a low-rank adapter: reward.lora.rank=16. pi_ref is then pi_phi without the adapter, so no second model is
+    loaded. null: all weights are trained."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:

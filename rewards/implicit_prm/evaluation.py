@@ -1,4 +1,4 @@
-"""Measures of an implicit PRM on labelled responses: outcomes, choices among responses, first wrong steps."""
+"""Measures an implicit PRM on labelled responses: outcomes, choice among responses, first wrong steps."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from rewards.implicit_prm.steps import aggregate, step_scores
 from rewards.verifiers.answers import final_answer
 
 MOST_SUBSETS = 64
-"""Of a prompt's responses, for each N."""
+"""Most subsets of a prompt's responses, for each N."""
 
 
 def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """Measure s = beta * sum q against the labels. A model equal to its reference has cross_entropy ln 2 and brier
-    0.25.
+    """Measure s = beta * sum q against the labels.
 
-    pair_accuracy: over pairs of responses to one prompt with different labels (absent without any).
+    A model equal to its reference has cross_entropy ln 2 and brier 0.25. pair_accuracy is over pairs of responses to
+    one prompt with different labels (absent if there are none).
     """
     scores = np.array([beta * float(q.sum(dtype=np.float64)) for q in ratios])
     labels = np.array([one.rollout.label for one in encoded], dtype=np.float64)
@@ -56,10 +56,10 @@ def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], be
 def selection_accuracy(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, seed: int
 ) -> dict[int, dict[str, float]]:
-    """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
+    """Return N -> way of choosing one of N responses -> mean label of the chosen response, for N = 1, 2, 4, ...
 
-    The mean is over subsets of N responses of each prompt, and over prompts (`prompts`: their number). random,
-    oracle, majority and shortest need no model.
+    The mean is over subsets of N responses of each prompt, and over prompts (`prompts` is their number). random,
+    oracle, majority and shortest do not need a model.
     """
     group = _group_numbers(encoded)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
@@ -112,9 +112,9 @@ def _one_prompt(
 def first_error_result(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, threshold: float | None
 ) -> ProcessBench | None:
-    """ProcessBench of responses with a known first wrong step; None if there are none.
+    """Return ProcessBench results for responses with a known first wrong step; None if there are none.
 
-    Without a threshold, the best one for these very responses.
+    Without a threshold, use the one that is best for these same responses.
     """
     known = [(one, q) for one, q in zip(encoded, ratios, strict=True) if one.rollout.first_error is not None]
     if not known:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Balance = Literal["none", "prompt"]
 Example = tuple[int, ...]
-"""A rollout, or the better and the worse one of a pair, by index."""
+"""Index of a rollout, or indices of the better and the worse rollout of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,14 @@ class Encoded:
 
     @property
     def group(self) -> tuple[str, tuple[int, ...]]:
-        """Equal for responses to the same problem, asked in the same words."""
+        """A key that is equal for responses to the same problem, asked in the same words."""
         return self.rollout.group, self.prompt
 
 
 def encode(
     rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, style: StepStyle
 ) -> tuple[list[Encoded], list[BadRow]]:
-    """Render prompts, end responses; those above `max_tokens` in all are bad rows."""
+    """Render prompts and end responses; rows of more than `max_tokens` in total are bad rows."""
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise DataError(
             "reward.model_path: its tokenizer must have a tokenizer.json (for the places of tokens in the text), a "
@@ -100,9 +100,9 @@ def encode(
 
 
 def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, seed: int) -> list[Example]:
-    """Every response, or every pair of a better and a worse response to one prompt.
+    """Return every response, or every pair of a better and a worse response to one prompt.
 
-    balance=prompt keeps as many right as wrong responses of each prompt, drawn by `seed`.
+    balance=prompt keeps equal numbers of right and wrong responses per prompt, drawn with `seed`.
     """
     groups = _members(encoded)
     label = [one.rollout.label for one in encoded]
@@ -128,9 +128,9 @@ def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
 
 
 def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example], limit: int) -> list[PromptTree]:
-    """Group by prompt: it, and a response in several pairs, then go through the model once.
+    """Group examples by prompt, so that it, and a response in several pairs, go through the model only once.
 
-    What is above `limit` tokens is halved, down to single examples.
+    Groups above `limit` tokens are halved, down to single examples.
     """
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
@@ -149,14 +149,14 @@ def _item(encoded: Sequence[Encoded], examples: Sequence[Example]) -> PromptTree
 
 
 class PrmScorer:
-    """log pi_phi - log pi_ref of responses; ranks share the work, and all get the result."""
+    """Computes log pi_phi - log pi_ref of responses; ranks share the work, and all get the result."""
 
     def __init__(self, policy: Any, reference: PackedCausalLM, config: LearnerConfig, device: str) -> None:
         self.policy, self.reference, self.config, self.device = policy, reference, config, device
 
     @torch.no_grad()
     def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
-        """q [T] float32 of every response."""
+        """Return q [T] float32 of every response."""
         limit, members, trees = self.config.tokens_per_microbatch, [], []
         for of_prompt in _members(encoded):
             prompt, responses = encoded[of_prompt[0]].prompt, [encoded[i].response for i in of_prompt]
@@ -168,7 +168,7 @@ class PrmScorer:
         mine = [*batches, *[[]] * (-len(batches) % ranks)][rank::ranks]
         ratios: dict[int, np.ndarray] = {}
         for batch in mine:
-            chosen = [trees[t] for t in batch or batches[0]]  # ZeRO-3 wants equally many forward passes of all ranks
+            chosen = [trees[t] for t in batch or batches[0]]  # ZeRO-3 needs equal numbers of forward passes
             rows = self._ratios(chosen).float().cpu().numpy()
             lengths = [len(suffix) for tree in chosen for suffix in tree.suffixes]
             pieces = np.split(rows, np.cumsum(lengths)[:-1])
@@ -184,7 +184,7 @@ class PrmScorer:
 
 
 class PrmLearner:
-    """Trains pi_phi on outcomes; needs an initialised process group. All ranks call every method alike."""
+    """Trains pi_phi on outcomes; needs an initialised process group. All ranks must make the same calls."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class PrmLearner:
             check_equal(self.training.engine, self.reference, device, config.logit_elements_per_chunk)
 
     def step(self, encoded: Sequence[Encoded], batch: Sequence[Example]) -> float:
-        """Return the mean objective per example before the step (ln 2 at first, with ce or dpo)."""
+        """Train on a batch; return the mean objective per example before the step (ln 2 at first, with ce or dpo)."""
         items = prompt_items(encoded, batch, self.training.config.tokens_per_microbatch)
         self._estimate_baseline(items)
         return self.training.step(items, len(batch))
@@ -222,7 +222,7 @@ class PrmLearner:
         save_language_model(self.training, folder)
 
     def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:
-        """KTO's z is of the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
+        """Estimate KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last z."""
         if self.objective != "kto":
             return
         trees: dict[tuple[int, ...], Tree] = {}
@@ -248,6 +248,6 @@ class PrmLearner:
 
 
 def load_reference(path: Path, config: LearnerConfig, device: str, trust_remote_code: bool) -> PackedCausalLM:
-    """pi_ref: whole on every rank, frozen, in the precision that pi_phi computes in."""
+    """Load pi_ref: whole on every rank, frozen, in the precision that pi_phi computes in."""
     model = load_causal_lm(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
     return model.to(device).eval().requires_grad_(False)

@@ -37,11 +37,11 @@ from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm, resolve_dtype
 
 LARGEST_INITIAL_RATIO = 1e-3
-"""Between models of equal weights; above it, they run through different kernels or types."""
+"""Largest log-ratio between models of equal weights; if it is exceeded, they use different kernels or dtypes."""
 
 
 def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
-    """q = log pi_phi - log pi_ref [R] of the trees' suffix tokens at temperature 1; differentiable in pi_phi."""
+    """Return q = log pi_phi - log pi_ref [R] of the trees' suffix tokens at temperature 1; differentiable in pi_phi."""
     packed = pack(trees).to(device)
     with torch.no_grad():
         reference_logprobs, _ = reference(packed, 1.0, chunk)
@@ -51,13 +51,13 @@ def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, 
 
 
 def group_parts(group: Group, limit: int) -> list[tuple[Tree, list[int]]]:
-    """The group in trees within the token budget, each with the indices of its samples."""
+    """Split a group into trees within the token budget, each with the indices of its samples."""
     tree = group_tree(group)
     return [(Tree(tree.prefix, tuple(tree.suffixes[i] for i in part)), part) for part in split_tree(tree, limit)]
 
 
 def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Tensor | None = None) -> Tensor:
-    """s = beta * sum of q [S], one per suffix of the trees, without rows of mask 0."""
+    """Return s = beta * sum of q [S], one per suffix of the trees, without rows whose mask is 0."""
     lengths = torch.tensor([len(suffix) for tree in trees for suffix in tree.suffixes])
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(ratios.device)
     mask = torch.ones_like(ratios) if mask is None else mask
@@ -73,7 +73,7 @@ def objective_sum(
 ) -> Tensor:
     """Sum the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse indices).
 
-    `baseline`: KTO's z, of the whole batch.
+    `baseline`: KTO's z over the whole batch.
     """
     if objective == "ce":
         return links.cross_entropy(scores, labels).sum()
@@ -87,9 +87,9 @@ def objective_sum(
 
 
 def mismatched(trees: Sequence[Tree]) -> list[Tree]:
-    """Put the first response of each tree after the next tree's prompt: KTO's baseline is their mean score.
+    """Put the first response of each tree after the next tree's prompt; KTO's baseline is the mean score of these.
 
-    Trees must have different prompts. Raise ValueError for fewer than two.
+    Trees must have different prompts. Raise ValueError for fewer than two trees.
     """
     if len(trees) < 2:
         raise ValueError("KTO's baseline needs responses to at least two prompts in a batch")
@@ -109,7 +109,7 @@ def check_equal(policy: Any, reference: Any, device: str, chunk: int) -> None:
 
 
 def labels_of(groups: Sequence[Group]) -> list[float | None]:
-    """Outcomes in 0 to 1; None if a sample is invalid or has no trained token."""
+    """Return outcomes from 0 to 1; None for a sample that is invalid or has no trained token."""
     return [
         min(1.0, max(0.0, score.value)) if score.valid and score.value is not None and sample.trained.any() else None
         for group in groups
@@ -118,7 +118,7 @@ def labels_of(groups: Sequence[Group]) -> list[float | None]:
 
 
 def before_update(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics `prm/...` of these groups' scores: from before the update, so on unseen data."""
+    """Return metrics `prm/...` of these groups' scores, which are from before the update, so on unseen data."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
     metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
@@ -135,7 +135,7 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
 
 
 class HeldOut:
-    """Groups of the first steps, kept out of training to measure the model at every update."""
+    """Groups of the first steps that are held out of training, to measure the model at every update."""
 
     LARGEST_SHARE = 0.25
 
@@ -147,13 +147,13 @@ class HeldOut:
         """Keep groups with differing outcomes until there are enough; return those to train on."""
         room = min(self.size - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
         taken = [group for group in groups if _differ(group)][:room] if room > 0 else []
-        # Only tokens and scores are looked at again, and data columns may be anything: they are not kept.
+        # Only tokens and scores are needed again; data columns are dropped, because they may hold anything.
         self.groups += [replace(group, prompt=replace(group.prompt, columns={})) for group in taken]
         kept = {group.id for group in taken}
         return [group for group in groups if group.id not in kept]
 
     def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
-        """`prm/heldout_pair_accuracy`, from the present token rewards of all samples of `groups`."""
+        """Return `prm/heldout_pair_accuracy`, from the current token rewards of all samples of `groups`."""
         samples = (sample for group in self.groups for sample in group.samples)
         scores = np.array([float(row[s.trained].sum()) for row, s in zip(token_rewards, samples, strict=True)])
         labels, valid, group = _arrays(self.groups)
@@ -166,7 +166,7 @@ def _differ(group: Group) -> bool:
 
 
 def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (0 if unknown), whether they are known, numbers of the groups."""
+    """Return labels (0 if unknown), whether they are known, and group numbers."""
     known = labels_of(groups)
     valid = np.array([label is not None for label in known], dtype=np.bool_)
     labels = np.array([label or 0.0 for label in known], dtype=np.float64)
@@ -203,12 +203,12 @@ class ImplicitModel:
         module = load_to_train(load_causal_lm, path, learner, self.device)
         if config.lora is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # nobody has seeded this process, and a run repeats itself
+                torch.manual_seed(0)  # this process has no seed yet, and runs must be reproducible
                 add_adapter(module.model, config.lora)
         self.engine = build_engine(module, learner, self.device)
         dtype = resolve_dtype(learner.dtype, self.device)
         reference = load_causal_lm(reference_path, dtype) if config.lora is None else WithoutAdapter(self.engine)
-        # A tree per pass: what a response scores does not depend, even in the last bit, on the groups beside it.
+        # One tree per pass, so that a response's score does not depend, even in the last bit, on other groups.
         self.reference = Scorer(
             reference, device=self.device, tokens_per_batch=None, logit_elements_per_chunk=self._chunk
         )
@@ -218,7 +218,7 @@ class ImplicitModel:
         self._leave_device()
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
+        """Return beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
         rewards: list[np.ndarray] = []
         with torch.no_grad(), self._on_device():
             for group in groups:
@@ -269,7 +269,7 @@ class ImplicitModel:
         }
 
     def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Raise ValueError for weights of another architecture, or under other names than this model's."""
+        """Set pi_ref's weights; raise ValueError if they have another architecture or other names than this model."""
         policy = dict(weights)
         self.reference.forget()
         model = self.reference.model
@@ -291,12 +291,12 @@ class ImplicitModel:
     def save(self, folder: Path) -> None:
         with self._on_device():
             model = self.engine.module.model
-            weights = gathered_parameters(model, zero_stage=0)  # one rank holds all
+            weights = gathered_parameters(model, zero_stage=0)  # one rank holds all weights
             save_policy(model, *with_buffers(model, parameter_metas(model), weights), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Full fp32 weights and moments on the CPU, and the held-out groups as JSON."""
+        """Return full fp32 weights and moments on the CPU, and the held-out groups as JSON."""
         with self._on_device():
             return {"engine": full_state(self.engine), "heldout": json.dumps(to_json(self.heldout.groups))}
 
@@ -309,7 +309,7 @@ class ImplicitModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """With `offload`, models and optimizer are in CPU memory outside the body."""
+        """With `offload`, keep models and optimizer on the device only within the `with` block."""
         if not self.config.offload or self._resident:
             yield
             return
@@ -329,13 +329,13 @@ class ImplicitModel:
         self._resident = False
 
     def _scores(self, trees: Sequence[Tree], masks: Sequence[BoolArray]) -> Tensor:
-        """s [S] over the trained tokens of the trees' suffixes."""
+        """Return s [S] over the trained tokens of the trees' suffixes."""
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate(masks)).to(self.device)
         return response_scores(ratios, trees, self.config.beta, mask.float())
 
     def _objective(self, scores: Tensor, groups: Sequence[Group], total: float, baseline: Tensor | None) -> Tensor:
-        """scores [S] of all samples of the groups -> their share of the mean."""
+        """scores [S] of all samples of the groups -> their contribution to the mean."""
         valid = [i for i, label in enumerate(labels_of(groups)) if label is not None]
         labels = torch.tensor([label for label in labels_of(groups) if label is not None], device=self.device).float()
         numbers = torch.tensor([g for g, group in enumerate(groups) for _ in group.samples], device=self.device)
@@ -345,12 +345,12 @@ class ImplicitModel:
     def _losses(
         self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]
     ) -> list[Callable[[], Tensor]]:
-        """One for a micro-batch; for a group above the token budget, one for each of its parts."""
+        """Return one loss for a micro-batch; for a group above the token budget, one for each of its parts."""
         parts = group_parts(groups[0], self.config.tokens_per_microbatch)
         if len(groups) > 1 or len(parts) == 1:
             return [partial(self._loss, groups, total, baseline, seen)]
-        # The objective may compare samples of different parts: its slopes are taken at the scores of all, once, and
-        # each part's backward pass starts from them.
+        # The objective may compare samples of different parts: its gradients by the scores of all samples are computed
+        # once, and each part's backward pass starts from them.
         (group,) = groups
         masked = [(tree, [group.samples[i].trained for i in samples], samples) for tree, samples in parts]
         scores = torch.zeros(len(group.samples), device=self.device)
@@ -372,7 +372,7 @@ class ImplicitModel:
         return loss
 
     def _count(self, groups: Sequence[Group]) -> float:
-        """Terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
+        """Return the number of terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
         if self.config.objective not in PAIRED:
             return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
@@ -383,7 +383,7 @@ class ImplicitModel:
 
     @torch.no_grad()
     def _baseline(self, groups: Sequence[Group]) -> Tensor | None:
-        """KTO's z of a whole mini-batch; its lower bound 0 if there is only one prompt."""
+        """Return KTO's z over a whole mini-batch; its lower bound 0 if there is only one prompt."""
         if self.config.objective != "kto":
             return None
         by_prompt = {group.prompt.token_ids: group for group in groups}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ImplicitPRM(TrainableReward):
-    """An outcome reward with the log-ratios as process rewards. `start` makes a DeepSpeed engine in this process."""
+    """An outcome reward with log-ratios as process rewards. `start` creates a DeepSpeed engine in this process."""
 
     Config: ClassVar[type[RewardConfig]] = ImplicitPRMConfig
 
@@ -69,7 +69,7 @@ class ImplicitPRM(TrainableReward):
         return messages
 
     def start(self) -> None:
-        """Load both models; equal weights must give log-ratios of zero."""
+        """Load both models, and check that equal weights give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -85,7 +85,7 @@ class ImplicitPRM(TrainableReward):
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The value is the outcome (perhaps invalid), or the sum of the token rewards over trained tokens."""
+        """Score; the value is the outcome (possibly invalid), or the sum of the token rewards over trained tokens."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
@@ -118,7 +118,7 @@ class ImplicitPRM(TrainableReward):
         self.model.set_reference(weights)
 
     def save(self, folder: Path) -> None:
-        """`reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
+        """Save the model; elsewhere, `reward.model_path=FOLDER` (with reference_path) scores with it."""
         self.model.save(folder)
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-"""Scores of a response's steps from its token log-ratios q = log pi_phi - log pi_ref (arXiv 2412.01981); no torch.
+"""Scores a response's steps by its token log-ratios q = log pi_phi - log pi_ref (arXiv 2412.01981), without torch.
 
-A step's reward is the sum of `coefficient * q`. At inference the authors' coefficient is 0.001, not training's beta.
+A step's reward is the sum of `coefficient * q`. At inference, the authors' coefficient is 0.001, not training's beta.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Aggregate = Literal["min", "sum", "mean", "last"]
 def step_scores(
     ratios: np.ndarray, spans: Sequence[tuple[int, int]], coefficient: float, kind: StepKind = "single"
 ) -> Float64:
-    """[S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
+    """Return [S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
 
     single: d_k = coefficient * the sum of q in step k; cumulative: c_k = coefficient * the sum of q up to its end.
     """
@@ -31,7 +31,7 @@ def step_scores(
 
 
 def aggregate(scores: Float64, how: Aggregate = "min") -> float:
-    """One score from step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
+    """Return one score from step scores [S]; `last` of cumulative scores equals `sum` of single ones."""
     match how:
         case "min":
             return float(scores.min())

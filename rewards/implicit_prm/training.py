@@ -1,4 +1,4 @@
-"""`reward=implicit_prm` of `rlkit.train_reward`: the implicit PRM, trained on outcome labels (arXiv 2412.01981)."""
+"""`reward=implicit_prm` of `rlkit.train_reward`: trains the implicit PRM on outcome labels (arXiv 2412.01981)."""
 
 from __future__ import annotations
 
@@ -27,36 +27,38 @@ if TYPE_CHECKING:
     from rewards.implicit_prm.learner import Encoded, PrmLearner
 
 NOTE = "implicit_prm.json"
-"""Beside the trained model: the reference of its log-ratios."""
+"""File next to the trained model; it names the reference of the log-ratios."""
 
 
 class ImplicitPRMTraining(RewardTraining):
     """Trains pi_phi so that sigma(beta * log(pi_phi / pi_ref)) of a response is the probability that it is right."""
 
     class Config(RewardTrainingConfig):
-        """Defaults are the published recipe's: one epoch, batch 64, cosine to 10 %, 3 % warm-up."""
+        """Defaults are those of the published recipe: one epoch, batch 64, cosine decay to 10 %, 3 % warm-up."""
 
         reference_path: str | None = None
-        """Folder of pi_ref, which never changes. null: training takes `model_path`; evaluation what `model_path` was
-        trained against."""
+        """Folder of pi_ref, which never changes. null: training uses `model_path`; evaluation uses the reference that
+        `model_path` was trained against."""
         learning_rate: LearningRate = 5e-7
         """Peak learning rate of AdamW. The default suits models of billions of parameters."""
         objective: Literal["ce", "dpo", "nca", "kto"] = "ce"
-        """ce: each response against its label, soft labels allowed; dpo, nca: pairs of a better and a worse response to
+        """ce: each response against its label, which may be soft; dpo, nca: pairs of a better and a worse response to
         one prompt (`batch_size` counts pairs); kto: unpaired."""
         beta: float = Field(default=0.05, gt=0)
         """Scale of the log-ratios in the objective."""
         balance: Literal["none", "prompt"] = "none"
-        """prompt: keep as many right as wrong responses of each prompt (a prompt with one kind only is left out)."""
+        """prompt: keep equal numbers of right and wrong responses per prompt (a prompt with only one kind is left
+        out)."""
         max_tokens: int | None = Field(default=None, ge=2)
-        """Longest prompt with response; longer ones are bad rows. null: what the model takes."""
+        """Limit of prompt plus response in tokens; longer rows are bad rows. null: the model's limit."""
         coefficient: float = Field(default=0.001, gt=0)
-        """Scale of the log-ratios in step scores when choosing responses: matters for votes and for `threshold`."""
+        """Scale of the log-ratios in step scores when choosing responses; matters for votes and for `threshold`."""
         step_style: StepStyle = "auto"
-        """The steps of a response: lines, what blank lines separate, `Step 3:`, or (auto) the last if it occurs."""
+        """Steps of a response. lines; numbered: by marks like `Step 3:`; blank_line: separated by blank lines; auto:
+        numbered if there is such a mark, else lines."""
         threshold: float | None = Field(default=None, ge=0, le=1)
-        """ProcessBench: the first step whose sigma(cumulative score) is below this is wrong. null: the best threshold
-        for the evaluated rows themselves."""
+        """ProcessBench: the first step whose sigma(cumulative score) is below this is wrong. null: the threshold that
+        is best for the evaluated rows themselves."""
 
         @model_validator(mode="after")
         def _balance_has_effect(self) -> ImplicitPRMTraining.Config:
@@ -233,7 +235,7 @@ class ImplicitPRMTraining(RewardTraining):
 
 
 def _noted_reference(model_path: str) -> str:
-    """The reference that a model was trained against. Raise DataError if it is not known."""
+    """Return the reference that a model was trained against. Raise DataError if it is not known."""
     file: Path = model_folder(model_path) / NOTE
     if not file.is_file():
         raise DataError(f"reward.reference_path: {model_path} has no {NOTE}, so name the model it was trained against")

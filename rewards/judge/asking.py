@@ -1,4 +1,4 @@
-"""Ask the judge: cache, call, strict parsing, retry after an unreadable answer."""
+"""Asks the judge: cache, call, strict parsing, retry after an unreadable answer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rewards.services.chat import CallFailed, ChatClient
 from rewards.services.control_tokens import without_control_tokens
 
 LOCK_SECONDS = 10.0
-"""Seconds that a worker waits for another one's write."""
+"""Seconds that a worker waits for another worker's write."""
 
 
 class VerdictCache:
-    """LRU in memory and, with `file`, on disk: shared by workers, kept between runs, never evicted."""
+    """LRU cache in memory; with `file`, also on disk: shared between workers, reused by later runs, never evicted."""
 
     def __init__(self, size: int, file: Path | None) -> None:
         self._size = size
@@ -73,7 +73,7 @@ class Judge:
         self._open: dict[str, asyncio.Task[Verdict | NoVerdict]] = {}
 
     async def ask(self, question: Question, deadline: float) -> Verdict | NoVerdict:
-        """`deadline` is on `time.monotonic`."""
+        """Return the judge's verdict, or why there is none. `deadline` is on `time.monotonic`."""
         content = [self._identity, question.kind, without_control_tokens(question.messages)]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         verdict = self._cache.get(key)

@@ -1,4 +1,4 @@
-"""Base of the rewards that ask a language model; docs/rewards/judge.md has an example of a subclass."""
+"""Base class of the rewards that ask a language model; docs/rewards/judge.md has an example of a subclass."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Of a scoring call's time; verdicts missing then are invalid."""
+"""Share of a scoring call's deadline after which samples without a verdict become invalid."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
-"""From this value, or share of the win, on it is a yes."""
+"""The judge accepts a response from this value, or share of the win, upwards."""
 
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
@@ -41,7 +41,7 @@ class JudgeError(UserError): ...
 class BaseJudge(Reward):
     """Values from 0 (worst) to 1 (best). A response without a verdict is invalid, never 0.
 
-    The guard scores a response without content 0 without a call; its component `guard` is 1.
+    The guard gives a response without content the score 0 without a call; the component `guard` is then 1.
     """
 
     class Config(RewardConfig):
@@ -50,7 +50,7 @@ class BaseJudge(Reward):
         model: str
         """The judge's model name at the endpoint."""
         api_key_variable: str | None = None
-        """Environment variable that holds the key."""
+        """Environment variable that holds the API key."""
         temperature: float = Field(default=0.0, ge=0)
         """Sampling temperature of the judge."""
         max_answer_tokens: int = Field(default=1024, ge=1)
@@ -66,24 +66,24 @@ class BaseJudge(Reward):
         attempts: int = Field(default=4, ge=1)
         """Tries per call after time-outs, lost connections and HTTP 408, 425, 429 and 5xx."""
         max_reasks: int = Field(default=2, ge=0)
-        """Times the judge is asked again after an unreadable answer; then the sample is invalid."""
+        """How often the judge is asked again after an unreadable answer; after that the sample is invalid."""
         max_calls: int | None = Field(default=None, ge=1)
-        """Calls per run, divided evenly among the workers; beyond it samples are invalid (`budget`)."""
+        """Calls per run, divided evenly among the workers; samples beyond the limit are invalid (`budget`)."""
         max_tokens: int | None = Field(default=None, ge=1)
         """The same for tokens (prompt and answer), as the server counts them."""
         cache_size: int = Field(default=65536, ge=1)
-        """Verdicts kept in memory, by content."""
+        """Verdicts kept in memory, keyed by content."""
         cache_file: str | None = None
-        """SQLite file with all verdicts, shared by workers and later runs; null: memory only."""
+        """SQLite file with all verdicts, shared between workers and with later runs; null: memory only."""
         guard: bool = True
-        """Reject responses without content by rule: they fool judges."""
+        """Reject responses without content by a rule, because they can fool judges."""
         min_alphanumerics: int = Field(default=1, ge=1)
-        """The guard rejects responses with fewer letters and digits."""
+        """The guard rejects responses with fewer letters and digits than this."""
         probe: Literal["refuse", "warn", "off"] = "refuse"
-        """At the start, send responses without content, and right ones, to the judge. refuse: do not start if it
-        accepts the former or not the latter; warn: only warn; off: ask one question."""
+        """At the start, send the judge responses without content as well as right ones. refuse: do not start if it
+        accepts the former or rejects the latter; warn: only warn; off: only ask one question."""
         max_false_positive_rate: float = Field(default=0.0, ge=0, le=1)
-        """Share of the probe's questions on which one such response may be accepted."""
+        """Share of the probe's questions on which the judge may accept a response without content."""
 
         @field_validator("base_url")
         @classmethod
@@ -115,7 +115,7 @@ class BaseJudge(Reward):
             return self
 
         def unused(self) -> list[str]:
-            """Fields without effect, which must keep their defaults."""
+            """Return the fields that have no effect and so must keep their defaults."""
             return [
                 *([] if self.guard else ["min_alphanumerics"]),
                 *([] if self.probe != "off" else ["max_false_positive_rate"]),
@@ -128,19 +128,19 @@ class BaseJudge(Reward):
 
     @abstractmethod
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> Sequence[Question]:
-        """Return what to ask about distinct responses (may be none).
+        """Return what to ask about distinct responses (possibly nothing).
 
-        Raise CannotJudge if the prompt lacks what the judge needs: its samples are then invalid.
+        Raise CannotJudge if the prompt lacks what the judge needs; its samples are then invalid.
         """
 
     def combine(self, texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-        """`decided` maps texts to scores by rule."""
+        """Combine verdicts into scores; `decided` maps texts to scores that a rule gave."""
         scores = {**mean_scores(asked), **decided}
         missing = Score.invalid("no_question: nothing was asked about this response")
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
 
     def probes(self) -> Sequence[Probe]:
-        """Right responses and some without content."""
+        """Return right responses and some without content."""
         return [
             Probe(Prompt(f"probe-{i}", (Message("user", question),), (), (reference,), reference), right)
             for i, (question, reference, right) in enumerate(QUESTIONS)
@@ -244,7 +244,7 @@ def judge_score(value: float, trace: str) -> Score:
 
 
 def mean_scores(asked: Asked) -> dict[str, Score]:
-    """Map each text to its mean value; invalid if one question has no verdict."""
+    """Map each text to its mean value; invalid if any of its questions has no verdict."""
     verdicts: dict[str, list[tuple[int, Verdict | NoVerdict]]] = {}
     for question, verdict in asked:
         for index, text in enumerate(question.responses):

@@ -35,7 +35,7 @@ PHRASES = (
     "解题步骤",
     "답",
 )
-"""Openings that announce an answer and give none: the paper's and ours."""
+"""Openings that announce an answer but give none: the paper's and ours."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -47,8 +47,8 @@ _PHRASES = sorted({split for phrase in PHRASES if (split := words(phrase))}, key
 
 
 def trivial(response: str, min_alphanumerics: int = 1) -> str:
-    """Return why the response has no content, or "": too few letters and digits, only announcements, or one that breaks
-    off."""
+    """Return why the response has no content (too few letters and digits, only announcements, or one that breaks off),
+    or ""."""
     left = words(response)
     if sum(map(len, left)) < min_alphanumerics:
         return f"fewer than {min_alphanumerics} letters or digits"
@@ -82,8 +82,8 @@ class Probe:
 def complaint(probes: Sequence[Probe], accepted: Sequence[Sequence[bool]], max_rate: float) -> str:
     """Return what is wrong with the judge, or "".
 
-    `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right response
-    must be accepted once.
+    `accepted`: per probe, whether the judge accepted the right response, then each response to be rejected. A
+    question's right response must be accepted at least once.
     """
     keys: list[tuple[str, bool]] = []
     right: dict[str, bool] = {}

@@ -24,7 +24,7 @@ PRINCIPLE = (
     "A response that does not answer the question is bad, however well it is written."
 )
 SHARES = {"A": (1.0, 0.0), "B": (0.0, 1.0), "tie": (0.5, 0.5)}
-"""Winner -> shares of the win."""
+"""Winner -> each response's share of the win."""
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 
@@ -37,7 +37,7 @@ class Form:
     reasons: bool = True
 
     def schema(self) -> dict[str, Any]:
-        """Reasoning comes first, so that the verdict follows from it."""
+        """JSON schema of the answer; reasoning comes first, so that the verdict follows from it."""
         whole = float(self.low).is_integer() and float(self.high).is_integer()
         limits = {"minimum": int(self.low), "maximum": int(self.high)} if whole else {}
         score = {"type": "integer" if whole else "number", **limits}
@@ -121,7 +121,7 @@ class Form:
         return Verdict(tuple(self._scaled(float(number)) for number in match[1].split(",")), reasoning)
 
     def _scaled(self, score: Any) -> float:
-        """Map to 0..1; raise Unparsable for a score off the scale."""
+        """Map a score to 0..1; raise Unparsable if it is off the scale."""
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             raise Unparsable(f"a score is {score!r}, not a number from {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
@@ -147,11 +147,11 @@ class Rules:
     seed: int
 
     def questions(self, material: Material, texts: Sequence[str]) -> list[Question]:
-        """Questions about distinct texts; with `against=reference`, none reveals the reference."""
+        """Return questions about distinct texts; with `against=reference`, none reveals which text is the reference."""
         if self.mode == "pointwise":
             return [self.question(material, (text,)) for text in texts]
         order = shuffle(texts, material, self.seed)
-        if self.mode == "listwise":  # in this order, a place in the group is worth nothing
+        if self.mode == "listwise":  # shuffled, so that a position in the group gives no advantage
             return [self.question(material, tuple(order))] if order else []
         if self.against == "reference":
             reference = material.reference or ""
@@ -159,7 +159,7 @@ class Rules:
             material = Material(material.principle, material.conversation)
         else:
             pairs = opponents(order, self.neighbours)
-        # A judge that always prefers the response it reads first gives 1/2 over both orders.
+        # Over both orders, a judge that always prefers the response it reads first gives 1/2.
         orders = [pair[::step] for pair in pairs for step in ((1, -1) if self.swap else (1,))]
         return [self.question(material, pair) for pair in orders]
 
@@ -200,7 +200,7 @@ def shuffle(texts: Sequence[str], material: Material, seed: int) -> list[str]:
 
 
 def opponents(texts: Sequence[str], neighbours: int | None) -> list[tuple[str, str]]:
-    """Pair everyone with everyone, or each with the next `neighbours` in a ring."""
+    """Pair each text with every other one, or with the next `neighbours` in a ring."""
     count = len(texts)
     if neighbours is None or 2 * neighbours >= count - 1:
         return list(itertools.combinations(texts, 2))

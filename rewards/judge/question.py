@@ -1,4 +1,4 @@
-"""A question, a chat that fences off foreign text, and strict reading of the answer."""
+"""A question to the judge, a chat that fences off untrusted text, and strict reading of the answer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Chat = list[dict[str, str]]
 
 
 class CannotJudge(ValueError):
-    """Nothing can be asked; the message is the samples' reason (`class: details`)."""
+    """No question can be asked; the message becomes the samples' reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     values: tuple[float, ...]
-    """One per response, 0 to 1; of two compared responses, the shares of the win."""
+    """One per response, 0 to 1; for two compared responses, their shares of the win."""
     reasoning: str
 
 
@@ -38,17 +38,17 @@ class Question:
     """In the order of the verdict's values."""
     messages: Chat
     read: Callable[[str], Verdict]
-    """Raises Unparsable; the judge is then asked again."""
+    """Reads the answer. Raises Unparsable; the judge is then asked again."""
     instruction: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""
-    """Part of the cache key, which a parser with other values must change."""
+    """Part of the cache key; must change if the parser gives other values."""
 
 
 def fenced_chat(
     role: str, blocks: Sequence[tuple[str, str]], task: str, seed: int, hashed: Sequence[str] | None = None
 ) -> Chat:
-    """The role, then the fenced blocks (name, text) and the task.
+    """Return a chat with the role, the fenced blocks (name, text) and the task.
 
     The fence is a hash of the texts `hashed` (None: of the blocks), so a response cannot guess it.
     """

@@ -1,4 +1,4 @@
-"""`reward=judge`: responses judged by a principle in words, alone, in pairs, or as a group."""
+"""`reward=judge`: judges responses by a principle in words, one by one, in pairs, or as a group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlkit.experience import GroupScores, PreferencePair, Prompt, Score
 
 PAIRWISE_ONLY = ("against", "neighbours", "swap")
 LEAST_COMPARED = 0.5
-"""Share of a response's comparisons that must have a verdict."""
+"""Minimum share of a response's comparisons that must have a verdict."""
 
 
 class JudgeReward(BaseJudge):
@@ -26,28 +26,28 @@ class JudgeReward(BaseJudge):
 
     class Config(BaseJudge.Config):
         mode: Mode = "pointwise"
-        """pointwise: a score for each response; pairwise: share of wins; listwise: the whole group in one call."""
+        """pointwise: score each response alone; pairwise: share of wins; listwise: the whole group in one call."""
         principle: str = PRINCIPLE
         """The rubric: what makes a response good, in words."""
         principle_column: str | None = None
-        """Data column with each prompt's principle; where it is empty, `principle` applies."""
+        """Data column with each prompt's principle; if it is empty, `principle` applies."""
         reference: Literal["never", "if_given", "required"] = "if_given"
-        """Whether the judge sees the prompt's first reference, or else its gold answer."""
+        """Whether the judge sees the prompt's first reference or, if it has none, its gold answer."""
         low: float = 1.0
         """pointwise, listwise: the worst score on the judge's scale."""
         high: float = 10.0
         """pointwise, listwise: the best score on the judge's scale."""
         against: Against = "group"
-        """pairwise: opponents are the rest of the group, or the prompt's first reference."""
+        """pairwise: compare with the rest of the group, or with the prompt's first reference."""
         neighbours: int | None = Field(default=None, ge=1)
-        """pairwise in the group: each response meets this many next ones in a shuffled ring, so twice as many
-        opponents; null: everyone meets everyone."""
+        """pairwise in the group: compare each response with this many that follow it in a shuffled ring, which gives it
+        twice as many opponents; null: compare all pairs."""
         swap: bool = True
-        """pairwise: ask in both orders, which cancels a judge's position bias."""
+        """pairwise: ask in both orders, which cancels the judge's position bias."""
         answer_format: AnswerFormat = "json_schema"
         """Form of the verdict: json_schema (guided decoding), json_object, or text (its last line)."""
         reasons: bool = True
-        """Ask for reasons before the verdict. Off is cheaper, for judges that think first."""
+        """Ask for reasons before the verdict. false is cheaper and suits judges that reason before they answer."""
 
         @model_validator(mode="after")
         def _scale_and_reference(self) -> Self:
@@ -96,7 +96,7 @@ class JudgeReward(BaseJudge):
         return super().combine(texts, decided, asked)
 
     def probes(self) -> list[Probe]:
-        """In pairs, responses without content meet the right response one by one."""
+        """Return the probes; pairwise, each response without content is compared with the right response."""
         probes = super().probes()
         if self._rules.mode != "pairwise":
             return list(probes)
@@ -119,7 +119,7 @@ class JudgeReward(BaseJudge):
 
 
 def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-    """A response rejected by rule loses against every other; equal responses share the win."""
+    """Return shares of wins. A response rejected by rule loses to every other; equal responses share the win."""
     verdicts: dict[frozenset[str], list[tuple[Question, Any]]] = {}
     for question, verdict in asked:
         verdicts.setdefault(frozenset(question.responses), []).append((question, verdict))

@@ -25,7 +25,7 @@ PRINCIPLE = (
     "are bad."
 )
 Asks = Sequence[tuple[Question, Sequence[int]]]
-"""Questions, and the turns that the values of their verdicts are about."""
+"""Questions, each with the turns that its verdict's values belong to."""
 
 
 class EpisodeJudge(BaseJudge):
@@ -33,7 +33,7 @@ class EpisodeJudge(BaseJudge):
 
     class Config(BaseJudge.Config):
         answer_format: Literal["json_schema", "json_object"] = "json_schema"
-        """Form of the verdict: json_schema (guided decoding), or json_object, for servers that have no schemas."""
+        """Form of the verdict: json_schema (guided decoding), or json_object for servers without schema support."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -42,11 +42,11 @@ class EpisodeJudge(BaseJudge):
 
     @abstractmethod
     def asks(self, prompt: Prompt, said: Sequence[Message], places: Sequence[int], empty: Collection[int]) -> Asks:
-        """`said`: the whole conversation; `places`: its messages that are turns. Turns in `empty` earn nothing,
-        whatever a verdict says. Raise CannotJudge."""
+        """Return what to ask. `said`: the whole conversation; `places`: which of its messages are turns. Turns in
+        `empty` earn nothing, whatever the verdict. Raise CannotJudge."""
 
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> list[Question]:
-        """Each response as an episode of one turn: what the probe at the start asks."""
+        """Ask about each response as an episode of one turn, for the probe at the start."""
         alone = [(*prompt.messages, Message("assistant", response)) for response in responses]
         return [question for said in alone for question, _ in self.asks(prompt, said, [len(said) - 1], ())]
 
@@ -87,7 +87,7 @@ class EpisodeJudge(BaseJudge):
         )
 
     def _question(self, role: str, blocks: Sequence[tuple[str, str]], how: str, schema: dict[str, Any]) -> Any:
-        """What a Question takes besides responses and `read`."""
+        """Return a Question's arguments except `responses` and `read`."""
         chat = fenced_chat(role, blocks, how, self.context.seed)
         strict = self.config.answer_format == "json_schema"
         fields = guided_decoding(schema) if strict else {"response_format": {"type": "json_object"}}
@@ -95,16 +95,16 @@ class EpisodeJudge(BaseJudge):
 
 
 class TurnJudge(EpisodeJudge):
-    """Points out of those that a perfect turn would get; the judge says how many these are (PPR, arXiv 2509.25598).
+    """A turn's points divided by those of a perfect turn; the judge gives both numbers (PPR, arXiv 2509.25598).
 
-    A turn whose verdict cannot be read has no process reward.
+    A turn whose verdict cannot be read gets no process reward.
     """
 
     class Config(EpisodeJudge.Config):
         principle: str = PRINCIPLE
         """What makes a turn good, in words."""
         principle_column: str | None = None
-        """Data column with each prompt's principle; where it is empty, `principle` applies."""
+        """Data column with each prompt's principle; if it is empty, `principle` applies."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -126,7 +126,7 @@ class TurnJudge(EpisodeJudge):
 
 
 class SubgoalJudge(EpisodeJudge):
-    """1 / (number of sub-goals) for each sub-goal, once, at the turn that the judge says completes it (CALM)."""
+    """1 / (number of sub-goals) for each sub-goal, given once, at the turn that completes it by the verdict (CALM)."""
 
     class Config(EpisodeJudge.Config):
         subgoals_column: str = "subgoals"
@@ -197,7 +197,7 @@ def _points(answer: str) -> Verdict:
 
 
 def _shares(answer: str, goals: int, turns: int) -> Verdict:
-    """The share of the sub-goals that each turn completes."""
+    """Return the share of the sub-goals that each turn completes."""
     content = json_object(answer)
     numbers = content.get("turns")
     if not isinstance(numbers, list) or len(numbers) != goals:

@@ -1,1 +1,1 @@
-"""POLAR: how close a response is to a reference answer, scored by a discriminator (arXiv 2507.05197)."""
+"""POLAR: a discriminator scores how close a response is to a reference answer (arXiv 2507.05197)."""

@@ -1,4 +1,4 @@
-"""A POLAR discriminator's folder, what runs it in the reward's process, and the self-test of every backend."""
+"""Checks a POLAR discriminator's folder, runs it in the reward's process, and has the self-test of every backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DiscriminatorError(UserError, ValueError): ...
 
 class Backend(Protocol):
     def score(self, trees: Sequence[Tree]) -> Sequence[float | str]:
-        """Return raw logits of all sequences in order, or a reason where one cannot be scored."""
+        """Return the raw logits of all sequences in order; instead of a logit, the reason if one cannot be scored."""
         ...
 
     def close(self) -> None: ...
@@ -38,7 +38,7 @@ class VllmBackend:
     def __init__(
         self, folder: Path, device: str, dtype: str, max_length: int, memory_gib: float, gpu_memory_utilization: float
     ) -> None:
-        # One process, no core binding: the reward shares its cores with the sampler and must die with its actor.
+        # One process, without core binding: the reward shares its cores with the sampler and must die with its actor.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
         from vllm import LLM
 
@@ -129,7 +129,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json. Raise DiscriminatorError if it is missing or no JSON object."""
+    """Return config.json. Raise DiscriminatorError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise DiscriminatorError(f"{folder} holds no config.json; name a Hugging Face model folder")
@@ -153,7 +153,7 @@ CANNED = (
 """(prompt, reference, candidate)"""
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
-"""Largest difference from a plain forward pass in fp32, and in bf16 or fp16 (relative above 1)."""
+"""Largest difference from a plain forward pass, in fp32 and in bf16 or fp16 (relative for scores above 1)."""
 
 
 def canned_inputs(serialiser: Serialiser) -> list[tuple[int, ...]]:
@@ -161,7 +161,7 @@ def canned_inputs(serialiser: Serialiser) -> list[tuple[int, ...]]:
 
 
 def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-    """Score the canned inputs. Raise DiscriminatorError if the backend refuses one."""
+    """Score the canned inputs. Raise DiscriminatorError if the backend refuses one of them."""
     from rlkit.models.packing import Tree
 
     scores: list[float] = []
@@ -173,7 +173,7 @@ def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[fl
 
 
 def check_white_space(serialiser: Serialiser, folder: Path) -> None:
-    """transformers may silently replace a saved tokenizer by its model type's, which can lose white space."""
+    """Check that transformers did not silently replace the saved tokenizer by one that loses white space."""
     expected = ["1", "+", "2", "3", f"4{SEPARATOR}1", "+", "2", f"5{MARKER}"]
     words = serialiser.text("1 + 2\n", "3\n4", "5").split()
     if words != expected:
@@ -181,7 +181,7 @@ def check_white_space(serialiser: Serialiser, folder: Path) -> None:
 
 
 def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: float, backend: str) -> None:
-    """Raise DiscriminatorError if the scores are not those of a plain forward pass."""
+    """Raise DiscriminatorError if the scores differ from those of a plain forward pass."""
     if not all(math.isfinite(score) for score in (*scores, *expected)):
         raise DiscriminatorError(f"the self-test gave non-finite scores: {backend} {scores}, transformers {expected}")
     if _close(scores, expected, tolerance):
@@ -199,7 +199,7 @@ def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: 
 
 
 def check_unsquashed(scores: Sequence[float], backend: str) -> None:
-    """Raise DiscriminatorError if the scores cannot be raw logits: the check without weights to compare with."""
+    """Raise DiscriminatorError if the scores cannot be raw logits; for use without weights to compare with."""
     if not all(math.isfinite(score) for score in scores):
         raise DiscriminatorError(f"self-test failed: {backend} gives the scores {scores}")
     if all(0 < score < 1 for score in scores):

@@ -1,9 +1,9 @@
 """`python -m rewards.polar.convert SOURCE TARGET [like=RELEASED] [weights=true|false]`: exact conversion of POLAR.
 
 A released checkpoint (`InternLM2ForRewardModel`, e.g. POLAR-7B) becomes a `LlamaForSequenceClassification` that
-transformers, vLLM and `reward=polar` load without remote code; or back, with configuration, tokenizer and code of
-`like=RELEASED`. `weights=false`: configuration and tokenizer only, enough for `reward.backend=http_...`. Weights
-stay bit-identical; no code is run, pickles are read as plain tensors.
+transformers, vLLM and `reward=polar` load without remote code. The reverse takes configuration, tokenizer and code from
+`like=RELEASED`. `weights=false` converts only configuration and tokenizer, which is enough for
+`reward.backend=http_...`. Weights stay bit-identical. No code is run; pickles are read as plain tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
+    """Return the exit code: 0 for success, 1 if the folder cannot be converted, 2 for wrong arguments."""
     return exit_code(_convert, arguments)
 
 
@@ -58,7 +58,7 @@ def _convert(words: list[str]) -> int:
 
 
 def convert(source: Path, target: Path, like: Path | None = None, *, weights: bool = True) -> None:
-    """Convert a folder; its architecture decides the direction. A failure leaves `target` empty.
+    """Convert a folder; its architecture determines the direction. A failure leaves `target` empty.
 
     Raise DiscriminatorError.
     """
@@ -80,7 +80,7 @@ def convert(source: Path, target: Path, like: Path | None = None, *, weights: bo
             _import(source, target, config, weights)
         else:
             _export(source, target, config, like, weights)
-    except BaseException:  # also an interrupt: what is half written must not pass for a model, nor block the next try
+    except BaseException:  # also on an interrupt: partial output must not look like a model or block a retry
         for written in target.iterdir():  # empty before
             shutil.rmtree(written) if written.is_dir() else written.unlink()
         raise

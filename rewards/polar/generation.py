@@ -1,6 +1,6 @@
-"""Trajectories from a pool of policies, sampled by one vLLM engine after another.
+"""Samples trajectories from a pool of policies, by one vLLM engine after another.
 
-`python -m rewards.polar.generation ORDER.json` samples one policy; its memory is free when the process ends.
+`python -m rewards.polar.generation ORDER.json` samples one policy; its memory is freed when the process ends.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ SHOWN_LINES = 20
 LOOP = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)
 """A span repeated four times or more."""
 SHORTEST_LOOP = 64
-"""Characters. Shorter repetition is punctuation, a table's rule, a row of zeros."""
+"""In characters. Shorter repetitions are punctuation, lines of a table, or a row of zeros."""
 KEPT = 3
-"""Repetitions kept: the sample still shows the loop."""
+"""Repetitions that are kept, so that the sample still shows the loop."""
 ENDING = re.compile(r"[.!?。！？…][\"'”’)\]]*(?=\s)|[。！？]|\n")
 
 
 class Generation(Section):
-    """stage=generate: the pool and its sampling. Defaults are the paper's."""
+    """stage=generate: the pool of policies and its sampling. Defaults are the paper's."""
 
     policies: dict[str, str] = Field(default={})
     """The pool: name -> folder of a language model."""
     styles: dict[str, str] = Field(default={})
-    """Policy -> its style of writing, if styles differ; pre-training compares within a style."""
+    """Policy -> its writing style, if styles differ; pre-training compares only within a style."""
     policies_per_prompt: int = Field(default=2, ge=2)
-    """Policies drawn for each prompt."""
+    """Number of policies drawn for each prompt."""
     samples_per_policy: int = Field(default=2, ge=2)
-    """Responses of each drawn policy: two make a reference and a positive."""
+    """Responses from each policy drawn: two give a reference and a positive."""
     prompts_as: Literal["chat", "text"] = "chat"
     """chat: a user's message in each policy's chat template; text: the policies continue the prompt."""
     longest_prefix: int | None = Field(default=None, ge=1)
     """text: cut each prompt to a random number of tokens, from 1 to this (the paper: 1024)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Too low, policies cannot be told apart; too high, they blur."""
+    """Sampling temperature. If it is too low, policies cannot be told apart; if it is too high, they blur."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
     top_k: int = Field(default=50, ge=0)
-    """Sample from this many most likely tokens; 0: all."""
+    """Sample from this many of the most likely tokens; 0: all."""
     max_new_tokens: int = Field(default=4096, ge=1)
-    """A response cut off here is trimmed back to its last whole sentence."""
+    """Longest response in tokens; one that is cut off here is trimmed to its last complete sentence."""
     memory_gib: float = Field(default=1.0, gt=0)
     """CPU: memory of vLLM's key-value cache."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     """CUDA: share of the GPU's memory for vLLM."""
     stall_seconds: float = Field(default=900.0, gt=0)
-    """The run ends if a policy finishes no response for this long (loading included)."""
+    """The run ends if a policy finishes no response for this long (including loading)."""
 
     def problems(self) -> list[str]:
         messages = []
@@ -88,7 +88,7 @@ class Generation(Section):
 
 @dataclass(frozen=True)
 class SamplingOrder:
-    """The task of one sampling process, as JSON."""
+    """What one sampling process must do, as JSON."""
 
     folder: str
     prompts: list[str]
@@ -132,7 +132,7 @@ def generate(
     is_right: Callable[[PromptRows, str], bool | None],
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of trajectories.jsonl, policy after policy. Raise SamplingFailed."""
+    """Yield the rows of trajectories.jsonl, one policy after another. Raise SamplingFailed."""
     names = list(options.policies)
     drawn = draw(names, len(prompts), options.policies_per_prompt, seed)
     for name in names:
@@ -152,7 +152,7 @@ def generate(
         )
         run_policy(name, order, work, threads, options.stall_seconds)
         rows = [json.loads(line) for line in Path(order.output).read_text(encoding="utf-8").splitlines()]
-        for row in sorted(rows, key=lambda row: (row["place"], row["turn"])):  # they come as they finish
+        for row in sorted(rows, key=lambda row: (row["place"], row["turn"])):  # they arrive as they finish
             source = prompts[mine[row["place"]]]
             text = trim(row["text"], row["finished"])
             yield {
@@ -217,7 +217,7 @@ def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def sample(order: SamplingOrder) -> None:
-    """Prompts too long for the model are left out, and named."""
+    """Sample one policy; prompts too long for the model are left out and reported."""
     from rlkit.rollout.engine import stop_token_ids
     from rlkit.rollout.requests import Request
     from rlkit.rollout.sampler import Sampler
@@ -271,7 +271,7 @@ def sample(order: SamplingOrder) -> None:
 
 
 def trim(text: str, finished: bool) -> str:
-    """Cut loops and, unless `finished`, the unfinished end."""
+    """Cut out loops and, unless `finished`, the unfinished end."""
     text = without_loops(text)
     return text if finished else without_unfinished_end(text)
 

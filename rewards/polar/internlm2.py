@@ -1,7 +1,7 @@
-"""Released POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and back, exactly.
+"""Converts POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and back, exactly.
 
 Only names differ, and InternLM2 fuses queries, keys and values per key-value head. The code in a released folder is
-not run: under transformers 5 it gives wrong scores. At most one shard is in memory.
+not run, because it gives wrong scores under transformers 5. At most one shard is in memory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PICKLED = ("pytorch_model*.bin", "model*.bin")
 
 
 class WeightReader:
-    """Tensors of a folder by name, from safetensors or from pickles, whose code is not run."""
+    """Tensors of a folder by name, from safetensors or from pickles; the pickles' code is not run."""
 
     def __init__(self, folder: Path) -> None:
-        """Raise DiscriminatorError if the folder holds no weights or names one twice."""
+        """Raise DiscriminatorError if the folder has no weights or has a name twice."""
         from safetensors import SafetensorError, safe_open
 
         self._file_of: dict[str, Path] = {}
@@ -105,7 +105,7 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
         size = tensor.numel() * tensor.element_size()
         if pending and held + size > shard_bytes:
             flush()
-        pending[name] = tensor.contiguous().clone()  # views of a larger tensor cannot be saved
+        pending[name] = tensor.contiguous().clone()  # safetensors cannot save views of a larger tensor
         held += size
         total += size
     flush()
@@ -139,7 +139,7 @@ RENAMED_IN_LAYER = {
 FUSED = "attention.wqkv.weight"
 SPLIT = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 COMPUTED = "rotary_emb.inv_freq"
-"""A buffer in some files, determined by the configuration."""
+"""A buffer that some files contain, although the configuration determines it."""
 LAYER = re.compile(r"(model\.layers\.(?P<number>\d+)\.)(?P<rest>.+)")
 _NAMED = 5
 SAME_FIELDS = (
@@ -169,7 +169,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise DiscriminatorError(f"config.json says hidden_act={config['hidden_act']}; only silu can be converted")
     scaling = config.get("rope_scaling")
     if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "dynamic":
-        # Dynamic scaling begins beyond max_position_embeddings, where no input goes.
+        # Dynamic scaling starts beyond max_position_embeddings, which no input reaches.
         raise DiscriminatorError(f"config.json says rope_scaling={scaling}; only none and dynamic can be converted")
     missing = [name for name in SAME_FIELDS if name not in config and name != "initializer_range"]
     if missing:
@@ -185,13 +185,13 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "problem_type": "regression",  # with it vLLM's classify gives the raw score
+        "problem_type": "regression",  # makes vLLM's classify return the raw score
         "dtype": config.get("torch_dtype", config.get("dtype", "float16")),
     }
 
 
 def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield InternLM2's tensors under Llama's names. Raise DiscriminatorError for a missing or an unknown one."""
+    """Yield InternLM2's tensors under Llama's names. Raise DiscriminatorError for a missing or unknown tensor."""
     _check_complete(weights, config, [*RENAMED], [*RENAMED_IN_LAYER, FUSED])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name in weights.names:
@@ -242,7 +242,7 @@ def _check_complete(
 
 
 def split_wqkv(fused: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split InternLM2's matrix, which holds for each key-value head its queries, its key and its value."""
+    """Split InternLM2's fused matrix, which holds the queries, key and value of each key-value head."""
     queries = heads // kv_heads
     hidden = fused.shape[1]
     grouped = fused.view(kv_heads, queries + 2, -1, hidden)
@@ -278,8 +278,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedTokenizerFast:
-    """Return the folder's tokenizer as a plain fast one. Raise DiscriminatorError if that fails or a marker is
-    missing."""
+    """Return the folder's tokenizer as a plain fast one. Raise DiscriminatorError if that fails or lacks a marker."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -310,10 +309,10 @@ _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_
 
 
 def from_sentencepiece(file: Path, added: dict[str, Any]) -> Any:
-    """Return a byte-fallback BPE `tokenizers.Tokenizer`. `added` (id -> token) renames pieces: `<|reward|>` has an old
-    slot.
+    """Return a byte-fallback BPE `tokenizers.Tokenizer`.
 
-    Raise DiscriminatorError for another kind of SentencePiece model.
+    `added` (id -> token) renames pieces: `<|reward|>` reuses the slot of an older one. Raise DiscriminatorError for any
+    other kind of SentencePiece model.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
@@ -342,7 +341,7 @@ def from_sentencepiece(file: Path, added: dict[str, Any]) -> Any:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces] if prefixed else [spaces])
     decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
-        [*decoding, decoders.Strip(content=" ", left=1)] if prefixed else decoding  # the space that was prepended
+        [*decoding, decoders.Strip(content=" ", left=1)] if prefixed else decoding  # removes the prepended space
     )
     return tokenizer
 

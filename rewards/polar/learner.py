@@ -1,4 +1,4 @@
-"""Training and measuring the discriminator."""
+"""Trains the discriminator and measures it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class PairMeasures:
     loss: float
     accuracy: float
-    """Share of pairs with chosen strictly above rejected."""
+    """Share of pairs in which chosen scores strictly above rejected."""
 
 
 class PolarLearner:
@@ -70,7 +70,7 @@ class PolarLearner:
                 tuple(self._serialiser.token_ids(self._serialiser.text(prompt, reference, text, list(texts))))
                 for text in texts
             ]
-            prefix = shared_prefix(encoded)[: min(map(len, encoded)) - 1]  # each keeps a last token
+            prefix = shared_prefix(encoded)[: min(map(len, encoded)) - 1]  # each suffix keeps at least one token
             tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in encoded))
             comparisons.append(PromptTree(tree, tuple((index[t.chosen], index[t.rejected]) for t in members)))
         return comparisons
@@ -90,7 +90,7 @@ class PolarLearner:
         return total
 
     def step(self, triplets: Sequence[Triplet]) -> float:
-        """Return the mean pair loss before the step (ln 2 at first, with a zero head)."""
+        """Train on a batch; return the mean pair loss before the step (ln 2 at first, with a zero head)."""
         return self.training.step(self.comparisons(triplets), len(triplets))
 
     @torch.no_grad()
@@ -122,10 +122,9 @@ class PolarLearner:
 
 
 def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
-    """A language model gets a head of zeros (first pair loss: ln 2) and missing markers, embedded as the mean of all
-    others.
+    """Load the model to train. A language model gets a head of zeros (first pair loss: ln 2) and missing marker tokens.
 
-    Raise ModelLoadError with the remedy.
+    The markers' embeddings are the mean of all others. Raise ModelLoadError with the remedy.
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = (config.get("architectures") or ["(none)"])[0]
@@ -138,7 +137,7 @@ def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
     if architecture.endswith("ForSequenceClassification"):
         return tokenizer, load_scorer(folder, torch.float32)
     model: Any = load_value_model(folder, torch.float32).model
-    model.config.problem_type = "regression"  # with it vLLM's classify gives the raw score
+    model.config.problem_type = "regression"  # makes vLLM's classify return the raw score
     model.config.tie_word_embeddings = False  # a classifier has no output embeddings
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -201,14 +200,14 @@ def measure(
 
 
 def correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's; 0 if one side does not vary."""
+    """Return Pearson's correlation; 0 if one side does not vary."""
     x, y = (np.asarray(values, dtype=np.float64) - np.mean(values) for values in (left, right))
     size = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum() / size) if size > 0 else 0.0
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0; equal values share their mean."""
+    """Return ranks from 0; equal values share their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     middle: list[float] = ((ends - 1 + ends - counts) / 2)[inverse].tolist()

@@ -46,54 +46,54 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
     "request_timeout_seconds": SERVERS,
     "compare_at_start": SERVERS,
 }
-"""Option -> the backends that read it; the others refuse it."""
+"""Option -> the backends that use it; other backends reject it."""
 
 
 class PolarConfig(RewardConfig):
     model_path: str = "embedded:polar"
     """Folder of a one-label `...ForSequenceClassification`; `embedded:polar` is the tiny one in the package. With a
-    server: the folder whose tokenizer writes the input."""
+    server: the folder whose tokenizer encodes the input."""
     backend: BackendName = "transformers"
-    """In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner; elsewhere: a running
+    """In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner. Outside it: a running
     vLLM, SGLang or LMDeploy server."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 on CPU; the head is always float32. With a server: its dtype; float32 makes the
-    comparison at the start strict, auto allows for half precision."""
+    """auto: bfloat16 on CUDA, float32 on CPU; the head is always float32. With a server: the server's dtype; float32
+    makes the comparison at the start strict, auto allows for half precision."""
     max_references: int = Field(default=1, ge=1)
     """References used per prompt, best first."""
     reduce: Reduce = "mean"
     """How scores against several references are combined."""
     wrapper: Wrapper = "sft"
-    """Between prompt and response: a line break (sft), or nothing (pretrain: the response continues the prompt)."""
+    """What is between prompt and response. sft: a line break; pretrain: nothing (the response continues the prompt)."""
     newline_before_empty: bool = True
     """An empty response keeps the wrapper's line break, as in the official client (its training code drops it)."""
     max_length: int | None = Field(default=None, ge=16)
-    """Tokens of the whole input; null: 16384, or the model's limit if that is less."""
+    """Limit of the whole input in tokens; null: 16384, or the model's limit if that is less."""
     max_response_length: int | None = Field(default=None, ge=1)
-    """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
+    """Limit in tokens of reference and candidate each, truncated on the right; null: a quarter of max_length."""
     unclosed_thinking: UnclosedThinking = "empty"
-    """A `<think>` that never ends: score an empty answer, or keep the thought as the answer."""
+    """For a `<think>` that is never closed. empty: score an empty answer; keep: use the thought as the answer."""
     tokens_per_batch: int = Field(default=16384, ge=1)
-    """transformers: tokens per forward pass, shared prefixes counted for each sequence."""
+    """transformers: tokens per forward pass; shared prefixes count for each sequence."""
     memory_gib: float = Field(default=1.0, gt=0)
     """vllm on CPU: memory of the key-value cache."""
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
     """vllm on CUDA: share of the GPU's memory."""
     urls: tuple[str, ...] = ()
-    """Servers: base addresses of the replicas, like http://127.0.0.1:30000; requests go to each in turn."""
+    """Servers: base addresses of the replicas, like http://127.0.0.1:30000; requests go to them in turn."""
     served_model: str | None = None
-    """Servers: the `model` in requests; null: none, which a server with one model accepts."""
+    """Servers: the field `model` in requests; null: no such field, which a server with one model accepts."""
     api_key_variable: str | None = None
     """Servers: environment variable of the reward's process with the key for `Authorization: Bearer`."""
     tokens_per_request: int = Field(default=65536, ge=1)
     """Servers: input tokens per request (a longer input is sent alone)."""
     concurrent_requests: int = Field(default=8, ge=1)
-    """Servers: open requests per reward worker."""
+    """Servers: concurrent requests per reward worker."""
     request_timeout_seconds: Deadline = 30.0
     """Servers: time after which a request is retried, on the next replica if there are several."""
     compare_at_start: bool = True
-    """Servers: also score two canned inputs with the weights in model_path, and refuse a server that differs. false
-    needs no weights, and only notices scores squashed into 0 to 1."""
+    """Servers: also score two canned inputs with the weights in model_path, and refuse a server whose scores differ.
+    false: needs no weights, but only detects scores squashed into 0 to 1."""
 
     @field_validator("urls")
     @classmethod
@@ -130,11 +130,11 @@ class PolarConfig(RewardConfig):
 
 
 TOKENS_TO_SPARE = 8
-"""Positions of the model beyond `max_length`."""
+"""Positions of the model that must remain beyond `max_length`."""
 CONNECT_SECONDS = 30.0
-"""For a server's first two scores (or its start)."""
+"""Time for a server's first two scores (or its start)."""
 SHARE_OF_DEADLINE = 0.9
-"""Of timeout_seconds: a server's error must come before the worker is killed."""
+"""Share of timeout_seconds for the servers, so that their error comes before the worker is killed."""
 
 
 class PolarReward(Reward):
@@ -144,7 +144,7 @@ class PolarReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Logits of the released model are about -12 to +1."""
+        """Return the traits; scores are raw (logits of the released model range from about -12 to +1)."""
         return RewardTraits(references=True, uses_gpu=config.backend not in SERVERS, raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -172,7 +172,7 @@ class PolarReward(Reward):
         return problems
 
     def start(self) -> None:
-        """Load the model and check its scores of two canned inputs.
+        """Load the model and check its scores for two canned inputs.
 
         Raise DiscriminatorError, SerialisationError or ServerError.
         """
@@ -181,7 +181,7 @@ class PolarReward(Reward):
 
         folder = model_folder(self.config.model_path)
         limits, self._max_length = lengths(self.config, check_folder(folder))
-        # No limit, hence no warning: parts are cut to their limits here.
+        # Without a limit there is no warning; parts are cut to their limits here.
         tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9, trust_remote_code=False)
         self._serialiser = Serialiser(tokenizer, limits, self.config.wrapper, self.config.newline_before_empty)
         check_white_space(self._serialiser, folder)
@@ -263,10 +263,10 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """Return the limits of the parts and of the whole input (above `max_length`: a cut inside a character adds
-    tokens).
+    """Return the limits of the parts, and of the whole input.
 
-    Raise DiscriminatorError if the model takes less.
+    The latter is above `max_length`, because a cut inside a character adds tokens. Raise DiscriminatorError if the
+    model accepts less.
     """
     positions = int(model.get("max_position_embeddings", 16384 + TOKENS_TO_SPARE))
     room = positions - TOKENS_TO_SPARE

@@ -1,9 +1,8 @@
-"""POLAR's input: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text without chat
-template.
+"""POLAR's input: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text, no chat template.
 
-Byte for byte the official client's (arXiv 2507.05197, InternLM/POLAR), but for four bugs there: markers in prompts
-and responses are removed; a prompt without room is dropped; responses are always cut on the right; whether an empty
-response keeps its line break is an option.
+It equals the official client's (arXiv 2507.05197, InternLM/POLAR) byte for byte, except for four bugs there: here,
+markers in prompts and responses are removed; a prompt that has no room is dropped; responses are always truncated on
+the right; whether an empty response keeps its line break is an option.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 
 SEPARATOR = "<|reward|>"
 MARKER = "[UNUSED_TOKEN_130]"
-"""The last token, where the score is read."""
+"""The last token, at which the score is read."""
 RESERVED_TOKENS = 4
-"""For two markers and two line breaks."""
+"""Room for two markers and two line breaks."""
 
 Wrapper = Literal["sft", "pretrain"]
 UnclosedThinking = Literal["empty", "keep"]
@@ -43,12 +42,12 @@ class SerialisationError(UserError, ValueError): ...
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """In tokens, with a BOS token if the tokenizer adds one."""
+    """Limits in tokens, including a BOS token if the tokenizer adds one."""
 
     max_length: int = 16384
-    """The whole input."""
+    """For the whole input."""
     max_response_length: int = 4096
-    """Reference and candidate, each; cut on the right. The prompt gets the rest, cut on the left."""
+    """For reference and candidate each, truncated on the right. The prompt gets the rest, truncated on the left."""
 
 
 class Serialiser:
@@ -69,9 +68,9 @@ class Serialiser:
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
     def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
-        """Return the input's text. Tokenise it whole: merges across the joints matter.
+        """Return the input's text. Tokenise it as a whole: merges across the joints matter.
 
-        `beside`: the other candidates of a training comparison; all see the same cut of the prompt.
+        `beside`: the other candidates of a training comparison, so that all see the same part of the prompt.
         """
         prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
         longest = self._limits.max_response_length
@@ -88,7 +87,7 @@ class Serialiser:
         )
 
     def token_ids(self, text: str) -> list[int]:
-        """Raise SerialisationError unless the input has one separator and ends in the marker."""
+        """Tokenise; raise SerialisationError unless the input has one separator and ends in the marker."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=True))
         if ids.count(self.separator_id) != 1 or ids.count(self.marker_id) != 1 or ids[-1] != self.marker_id:
             raise SerialisationError(
@@ -107,7 +106,7 @@ class Serialiser:
 
     def _decode_part(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # A special token inside a forged marker hides it until decoding drops that token.
+        # A special token inside a forged marker hides the marker until decoding drops that token.
         return without_markers(text)
 
     def _single_token(self, text: str) -> int:
@@ -120,22 +119,22 @@ class Serialiser:
 
 
 def without_markers(text: str) -> str:
-    """Remove the two markers, and any that their removal forms."""
+    """Remove the two markers, and any that their removal creates."""
     while SEPARATOR in text or MARKER in text:
         text = text.replace(SEPARATOR, "").replace(MARKER, "")
     return text
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """Roles are not part of POLAR's input."""
+    """Return the messages' text without roles, which are not part of POLAR's input."""
     return "\n".join(message.content for message in messages)
 
 
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
     """Remove the `<think>...</think>` parts.
 
-    A `</think>` without opening (written by the chat template) ends a thought from the start. Of an unclosed
-    `<think>`, `empty` keeps the text before it, `keep` the thought, too.
+    A `</think>` without an opening tag (which the chat template wrote) closes a thought that began at the start. If a
+    `<think>` is not closed, `empty` keeps only the text before it; `keep` keeps the thought, too.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
@@ -162,7 +161,7 @@ class Comparison:
     """A group's responses with one reference."""
 
     tree: Tree
-    """Distinct token sequences."""
+    """The distinct token sequences."""
     sequence_of: tuple[int | str, ...]
     """Per sample: the index of its suffix, or why it has none."""
 
@@ -175,7 +174,7 @@ class GroupPlan:
     comparisons: tuple[Comparison, ...]
 
     def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
-        """Combine logits (or reasons for none), one per comparison and suffix."""
+        """Combine logits (or reasons for their absence), one per comparison and suffix."""
         return GroupScores(tuple(self._score(i, values, reduce) for i in range(len(self.group.samples))))
 
     def _score(self, sample: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
@@ -226,7 +225,7 @@ def _encode(
 
 
 def _compare(encoded: Sequence[tuple[int, ...] | str]) -> Comparison:
-    from rlkit.models.packing import Tree  # needs torch, which no configuration check loads
+    from rlkit.models.packing import Tree  # needs torch, which configuration checks must not load
 
     sequences = list(dict.fromkeys(ids for ids in encoded if not isinstance(ids, str)))
     index = {ids: i for i, ids in enumerate(sequences)}

@@ -1,6 +1,7 @@
-"""A discriminator behind HTTP: token ids in, raw logits out.
+"""A client of a discriminator behind HTTP: token ids in, raw logits out.
 
-Not text: a server may tokenise differently (another BOS or tokenizer class) and silently score another input.
+It does not send text, because a server may tokenise it differently (another BOS token or tokenizer class) and silently
+score another input.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class WrongAnswer(ValueError): ...
 class WireFormat(ABC):
     path: ClassVar[str]
     key: ClassVar[str] = "input"
-    """Of the inputs."""
+    """The request's field for the inputs."""
     options: ClassVar[Mapping[str, Any]] = {}
 
     def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
@@ -38,10 +39,10 @@ class WireFormat(ABC):
 
     @abstractmethod
     def entries(self, answer: Any) -> list[Any]:
-        """Return one entry per input, in order. Raise KeyError or TypeError for another format."""
+        """Return one entry per input, in order. Raise KeyError or TypeError for any other format."""
 
     def scores(self, answer: Any, inputs: int) -> list[float]:
-        """Raise WrongAnswer."""
+        """Read the scores from an answer. Raise WrongAnswer."""
         try:
             entries = self.entries(answer)
         except (KeyError, TypeError, AttributeError) as error:
@@ -56,7 +57,7 @@ class VllmWire(WireFormat):
 
     path = "/pooling"
     options: ClassVar = {"use_activation": False}
-    """The default is the sigmoid of the score."""
+    """By default vLLM returns the sigmoid of the score."""
 
     def entries(self, answer: Any) -> list[Any]:
         return [entry["data"] for entry in sorted(answer["data"], key=lambda entry: int(entry["index"]))]
@@ -69,7 +70,7 @@ class SglangWire(WireFormat):
     key = "input_ids"
 
     def entries(self, answer: Any) -> list[Any]:
-        """Some versions answer a single input with a bare object."""
+        """Return one entry per input; some versions answer a single input with a bare object."""
         return [entry["embedding"] for entry in (answer if isinstance(answer, list) else [answer])]
 
 
@@ -86,9 +87,9 @@ WIRES: dict[str, WireFormat] = {"http_vllm": VllmWire(), "http_sglang": SglangWi
 
 
 def last_number(entry: Any) -> float:
-    """Return the last number of a number, a list or nested lists: the score at the last token.
+    """Return a number, or the last number of a list or nested lists: the score at the last token.
 
-    JSON has no NaN, so null is NaN. Raise WrongAnswer if there is no number.
+    JSON has no NaN, so null is read as NaN. Raise WrongAnswer if there is no number.
     """
     last = entry
     while isinstance(last, list) and last:
@@ -104,7 +105,7 @@ def last_number(entry: Any) -> float:
 
 
 REFUSES_INPUT = (400, 413, 422)
-"""Perhaps about one input (too long, say): the request is halved to find it."""
+"""HTTP status codes that one input may have caused (by its length, say); the request is halved to find it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 """Seconds between tries."""
 
@@ -138,9 +139,9 @@ class ServerBackend:
         self._calls = count()
 
     def score(self, trees: Sequence[Tree]) -> list[float | str]:
-        """Return raw logits in order, or a reason where the server refuses an input.
+        """Return raw logits in order; instead of a logit, the reason if the server refuses an input.
 
-        Raise ServerError if there is no complete answer in time, or no hope of one.
+        Raise ServerError if there is no complete answer in time, or if there can be none.
         """
         sequences = [[*tree.prefix, *suffix] for tree in trees for suffix in tree.suffixes]
         return asyncio.run(self._score(sequences)) if sequences else []
@@ -149,10 +150,10 @@ class ServerBackend:
 
     async def _score(self, sequences: Sequence[Sequence[int]]) -> list[float | str]:
         server, deadline = self.server, time.monotonic() + self.deadline_seconds
-        first = next(self._calls) % len(server.urls)  # calls of one request take turns, too
+        first = next(self._calls) % len(server.urls)  # calls with one request each also rotate
         urls = [url + server.wire.path for url in (*server.urls[first:], *server.urls[:first])]
         try:
-            # Proxies of the environment are for the web, not for a model server.
+            # Proxies set in the environment are for the web, not for a model server.
             async with (
                 HttpClient(urls, self._limits, server.api_key, trust_env=False, log_retries=True) as http,
                 asyncio.TaskGroup() as tasks,
@@ -161,7 +162,7 @@ class ServerBackend:
                     tasks.create_task(self._request(http, chunk, deadline))
                     for chunk in chunks(sequences, server.tokens_per_request)
                 ]
-        except ExceptionGroup as group:  # the first that failed ended the others
+        except ExceptionGroup as group:  # the first failure ended the other requests
             error = group.exceptions[0]
             if not isinstance(error, OutOfTimeError):
                 raise error from None
@@ -173,7 +174,7 @@ class ServerBackend:
         return [score for task in work for score in task.result()]
 
     async def _request(self, http: HttpClient, inputs: Sequence[Sequence[int]], deadline: float) -> list[float | str]:
-        """Halve a refused request."""
+        """Send one request; if it is refused, send its halves."""
 
         def read(answer: httpx.Response) -> list[float | str]:
             try:
@@ -198,12 +199,12 @@ class ServerBackend:
 def json_of(answer: httpx.Response) -> Any:
     try:
         return answer.json()
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits; nested too deeply
+    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, 5,000-digit numbers; deep nesting
         raise WrongAnswer(f"no JSON ({type(error).__name__}: {error})") from error
 
 
 def chunks(sequences: Sequence[Sequence[int]], limit: int) -> list[list[Sequence[int]]]:
-    """Cut into parts of at most `limit` tokens (or one sequence); neighbours, which share prefixes, stay together."""
+    """Split into parts of at most `limit` tokens (or one sequence); neighbours, which share prefixes, stay together."""
     parts: list[list[Sequence[int]]] = []
     room = 0
     for ids in sequences:

@@ -1,7 +1,7 @@
 """`reward=polar` of `rlkit.train_reward`: from a pool of policies to a discriminator (arXiv 2507.05197).
 
-stage=generate samples the pool; pretrain tells its policies apart (eq. 7); finetune right from wrong (eq. 8);
-evaluate measures.
+stage=generate samples the pool; pretrain learns to tell its policies apart (eq. 7), finetune to tell right from wrong
+(eq. 8); evaluate measures.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from rewards.polar.learner import PolarLearner
 
 FORMS: dict[str, Form] = {"generate": "prompts", "pretrain": "trajectories", "finetune": "triplets"}
-"""For data.form=null."""
+"""Stage -> the form that data.form=null stands for."""
 ACTS_IN = {"generation": ("generate",), "across_styles": ("pretrain", "evaluate"), "heldout_policies": ("pretrain",)}
 """Option -> the stages in which it has an effect."""
 
 
 class PolarTrainingConfig(RewardTrainingConfig):
-    """Defaults are the paper's for fine-tuning."""
+    """Defaults are the paper's values for fine-tuning."""
 
     model_path: str = "embedded:policy"
     """A language model (its head then starts at zero), or a discriminator to train or evaluate."""
@@ -54,19 +54,19 @@ class PolarTrainingConfig(RewardTrainingConfig):
     batch_size: int = Field(default=320, ge=1)
     """Triplets per optimizer step."""
     tokens_per_microbatch: int = Field(default=32768, ge=1)
-    """Tokens per forward and backward pass; what a prompt's candidates share counts once."""
+    """Tokens per forward and backward pass; tokens that a prompt's candidates share count once."""
     wrapper: Wrapper = "sft"
-    """Between prompt and response: a line break (sft), or nothing (pretrain: the response continues the prompt). The
-    reward that uses the model must say the same."""
+    """What is between prompt and response. sft: a line break; pretrain: nothing (the response continues the prompt).
+    The reward that uses the model must have the same value."""
     max_length: int | None = Field(default=None, ge=16)
-    """Tokens of the whole input; null: 16384, or the model's limit if that is less."""
+    """Limit of the whole input in tokens; null: 16384, or the model's limit if that is less."""
     max_response_length: int | None = Field(default=None, ge=1)
-    """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
+    """Limit in tokens of reference and candidate each, truncated on the right; null: a quarter of max_length."""
     across_styles: bool = False
-    """stage=pretrain and evaluate: also compare policies of different styles; style alone tells these apart, and
-    nothing else is learnt from them."""
+    """stage=pretrain and evaluate: also compare policies of different styles. Style alone tells these apart, so nothing
+    else is learnt from them."""
     heldout_policies: tuple[str, ...] = ()
-    """stage=pretrain: not trained on; same-versus-different accuracy is measured on them."""
+    """stage=pretrain: policies that are not trained on; same-versus-different accuracy is measured on them."""
     generation: Generation = Generation()
     """The pool of policies and its sampling."""
 
@@ -239,7 +239,7 @@ def _policies(prompts: Sequence[PromptRows]) -> list[str]:
 
 
 def _is_right(prompt: PromptRows, text: str) -> bool | None:
-    """None unless the gold response marks a plain number as its answer."""
+    """Whether a text is right; None unless the gold response marks a plain number as its answer."""
     from rewards.verifiers.answers import final_answer
     from rewards.verifiers.numerals import compare_plain
 

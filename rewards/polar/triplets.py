@@ -1,5 +1,4 @@
-"""Triplets (reference, chosen, rejected) for POLAR: from rows, from policies' responses, from right and wrong
-answers."""
+"""Builds POLAR's triplets (reference, chosen, rejected) from rows, policies' responses, or right and wrong answers."""
 
 from __future__ import annotations
 
@@ -25,27 +24,27 @@ Policy = TypeVar("Policy", bound=Hashable)
 class PolarRows(RewardDataConfig):
     form: Form | None = None
     """prompts: prompts for the policies. trajectories: one response per row, as stage=generate writes them. columns:
-    one prompt per row and a column per policy. triplets: prompt, reference, chosen and rejected, as the official code
-    takes them. null: prompts for stage=generate, trajectories for stage=pretrain, otherwise triplets."""
+    one prompt per row and a column per policy. triplets: prompt, reference, chosen and rejected, as in the official
+    code. null: prompts for stage=generate, trajectories for stage=pretrain, otherwise triplets."""
     prompt_column: str = "prompt"
     """The prompt: a text, or a list of chat messages (their contents, one per line: POLAR reads no roles)."""
     reference_column: str | None = None
-    """The gold response (text or messages), for right against wrong; null: none. In triplets always `reference`."""
+    """The gold response (text or messages), to tell right from wrong; null: none. In triplets always `reference`."""
     response_column: str = "response"
-    """trajectories: the response."""
+    """trajectories: column with the response."""
     policy_column: str = "policy"
-    """trajectories: the policy that wrote it."""
+    """trajectories: column with the policy that wrote it."""
     style_column: str | None = None
-    """trajectories: its style; only policies of one style are compared. null: all have the same."""
+    """trajectories: column with its style; only policies of one style are compared. null: all have the same style."""
     label_column: str | None = None
-    """trajectories: whether the response is right (true, false or null); null: not known."""
+    """trajectories: column that says if the response is right (true, false or null); null: not known."""
     policy_columns: dict[str, str] = Field(default={})
-    """columns: column -> policy; two columns of one policy are two of its responses. Each holds a text, or an object
+    """columns: column -> policy; two columns of one policy are two of its responses. Each cell is a text, or an object
     with `response_key` and, if the label is known, `label_key`."""
     response_key: str = "solution"
-    """columns: an object's key of the text."""
+    """columns: the key of the text in an object."""
     label_key: str = "is_correct"
-    """columns: an object's key of the label."""
+    """columns: the key of the label in an object."""
 
     @model_validator(mode="after")
     def _options_act(self) -> PolarRows:
@@ -64,7 +63,7 @@ class PolarRows(RewardDataConfig):
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """A reference, an answer closer to it (chosen) and one farther from it (rejected)."""
+    """A reference, an answer closer to it (chosen) and one further from it (rejected)."""
 
     prompt: str
     reference: str
@@ -148,7 +147,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
-    """As JSON Lines: prompt, reference, chosen and rejected, each a list of messages."""
+    """Write JSON Lines of prompt, reference, chosen and rejected, each a list of messages."""
     with file.open("w", encoding="utf-8") as stream:
         for triplet in triplets:
             record = {"prompt": [{"role": "user", "content": triplet.prompt}]}
@@ -174,9 +173,9 @@ def contrasts(
 
 
 def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
-    """Fine-tuning triplets: those of the rows, and right against wrong by labels.
+    """Return fine-tuning triplets: those given in the rows, and right against wrong answers by their labels.
 
-    Those of one prompt and reference are neighbours: what they share is computed once.
+    Triplets of one prompt and reference are neighbours, so that what they share is computed once.
     """
     groups: dict[tuple[str, str], list[Triplet]] = {}
     for prompt in prompts:
@@ -189,11 +188,11 @@ def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
 def policy_triplets(
     prompts: Sequence[str], answers: Mapping[Policy, Sequence[Sequence[str]]], style_of: Callable[[Policy], str]
 ) -> list[list[Triplet]]:
-    """Take reference and chosen from one policy, rejected from another *of the same style* (equation 7): across
-    styles, style alone would tell policies apart.
+    """Take reference and chosen from one policy, rejected from another *of the same style* (equation 7).
 
-    `answers[policy][i]` are its answers to prompt i: each is the reference of the next. All ordered pairs of
-    policies; triplets of one prompt and reference are neighbours; equal candidates are left out.
+    Across styles, style alone would tell policies apart. `answers[policy][i]` are a policy's answers to prompt i; each
+    is the reference of the next one. All ordered pairs of policies are used; triplets of one prompt and reference are
+    neighbours; equal candidates are left out.
     """
     rivals: dict[Policy, list[Policy]] = {}
     for a, b in rival_pairs(list(answers), style_of):
@@ -213,7 +212,7 @@ def rival_pairs(policies: Sequence[Policy], style_of: Callable[[Policy], str]) -
 
 
 def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], wrong: Sequence[str]) -> list[Triplet]:
-    """Pair right (chosen) with wrong (rejected): equation 8. Without a gold reference, right answers take its place."""
+    """Pair right (chosen) with wrong (rejected) answers: equation 8. Without a gold reference, use right answers."""
     right, wrong = list(dict.fromkeys(right)), list(dict.fromkeys(wrong))
     if reference is not None:
         return [Triplet(prompt, reference, good, bad) for good in right for bad in wrong]
@@ -221,8 +220,8 @@ def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], 
 
 
 def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]) -> float:
-    """Accuracy of a scorer that only compares final answers with the reference's (a tie counts a half): the ceiling
-    for any judge of results."""
+    """Return the accuracy of a scorer that only compares final answers with the reference's (a tie counts a half): the
+    ceiling for any judge of results."""
     wins = []
     for triplet in triplets:
         gold = final(triplet.reference)
@@ -231,6 +230,6 @@ def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]
 
 
 def expected_accuracy(error_rates: Mapping[Policy, float], style_of: Callable[[Policy], str]) -> float:
-    """The same from error rates: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
+    """Return the same accuracy from error rates: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
     pairs = rival_pairs(list(error_rates), style_of)
     return 0.5 + 0.5 * float(np.mean([(1 - error_rates[a]) * (error_rates[b] - error_rates[a]) for a, b in pairs]))

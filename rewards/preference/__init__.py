@@ -1,1 +1,1 @@
-"""`reward=preference`: a sequence classifier trained on preference pairs (Bradley-Terry) scores prompt and response."""
+"""`reward=preference`: scores by a sequence classifier that was trained on preference pairs (Bradley-Terry)."""

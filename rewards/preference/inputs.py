@@ -1,4 +1,4 @@
-"""A preference model's folder, checked by its config.json, and its inputs. No torch."""
+"""Checks a preference model's folder by its config.json, and encodes its inputs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlkit.experience import Message, UserError
 from rlkit.experience.texts import encodable
 
 LONGEST_INPUT = 32768
-"""Tokens, where neither the model nor its tokenizer states a limit."""
+"""In tokens, if neither the model nor its tokenizer states a limit."""
 
 
 class ClassifierError(UserError, ValueError): ...
@@ -41,7 +41,7 @@ def check_classifier(folder: Path) -> dict[str, Any]:
 
 
 def positions(config: dict[str, Any]) -> int:
-    """Longest input in tokens."""
+    """Return the longest input in tokens."""
     text = config.get("text_config", config)
     return int(text.get("max_position_embeddings") or LONGEST_INPUT)
 
@@ -52,28 +52,28 @@ _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 
 
 class Unreadable(ValueError):
-    """The message is the reason (`class: details`)."""
+    """An input cannot be scored; the message is the reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     ids: tuple[int, ...]
     types: tuple[int, ...] = ()
-    """Segment numbers, for models that have them (BERT); else empty."""
+    """Segment ids, for models that have them (BERT); else empty."""
 
 
 class Encoder:
     """Tokenises conversations with the model's chat template, or as a pair of texts.
 
-    Special tokens written out in a response (a forged end of turn, a second user) are removed. The prompt is unchanged.
+    Special tokens spelled out in a response (a forged end of turn, a second user) are removed. The prompt is unchanged.
     """
 
     def __init__(self, folder: Path, layout: Layout, chat_template: str | None, max_length: int) -> None:
-        """Raise ClassifierError if the folder's tokenizer does not load or has no template."""
+        """Load the folder's tokenizer; raise ClassifierError if that fails or it has no template."""
         from transformers import AutoTokenizer
 
         try:
-            # No limit, hence no warning: lengths are checked here.
+            # Without a limit there is no warning; lengths are checked here.
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())
@@ -81,7 +81,7 @@ class Encoder:
         self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
         self._layout = layout
         self.template: str | None = None
-        """Replaces the tokenizer's."""
+        """Replaces the tokenizer's own template."""
         if chat_template is not None:
             try:
                 self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -93,13 +93,13 @@ class Encoder:
                 "reward.chat_template, or use reward.layout=pair if the model reads (prompt, response)"
             )
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        # Llama 3's end of turn is special without being one of the named ones.
+        # Llama 3's end-of-turn token is special but is not one of the named special tokens.
         self._special = sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         _check_saved_tokenizer(self.tokenizer, folder)
         self._check_one_bos()
 
     def encode(self, messages: Sequence[Message], response: str) -> Encoded:
-        """Raise Unreadable if the template refuses the conversation or the input exceeds `max_length`."""
+        """Encode one input; raise Unreadable if the template refuses it or it exceeds `max_length`."""
         encoded = self._encode(messages, without(encodable(response), self._special))
         if len(encoded.ids) > self.max_length:
             raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
@@ -129,7 +129,7 @@ class Encoder:
 
 
 def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
-    """Cut after the last token that is not padding, where transformers reads the score."""
+    """Cut after the last token that is not padding, because transformers reads the score there."""
     end = len(ids)
     while end > 1 and ids[end - 1] == pad_id:
         end -= 1
@@ -137,7 +137,7 @@ def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
 
 
 def without(text: str, forbidden: Sequence[str]) -> str:
-    """Remove these strings, and any that their removal forms."""
+    """Remove these strings, and any of them that the removal creates."""
     before = None
     while before != text:
         before = text
@@ -147,7 +147,7 @@ def without(text: str, forbidden: Sequence[str]) -> str:
 
 
 def _check_saved_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """transformers may replace a saved tokenizer by its model type's, which can silently lose white space."""
+    """Check that transformers did not replace the saved tokenizer by the model type's, which can lose white space."""
     saved = folder / "tokenizer.json"
     if not saved.is_file():
         return

@@ -1,4 +1,4 @@
-"""Training and measuring the preference model."""
+"""Trains the preference model and measures it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Array = NDArray[np.float64]
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor, centring: float) -> Tensor:
-    """Loss [N] per pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
+    """Return the loss [N] per pair. With d = chosen - rejected - margin and p the probability of preferring chosen:
 
         -p log sigmoid(d) - (1 - p) log sigmoid(-d) + centring (chosen + rejected)^2
 
-    p = 1 and margin = 0 is Bradley-Terry. The margin is Llama 2's (arXiv 2307.09288); the soft label the cDPO-like
-    label smoothing of Secrets of RLHF II (arXiv 2401.06080); the last term, from arXiv 2312.09244, keeps scores around
+    p = 1 and margin = 0 give Bradley-Terry. The margin is Llama 2's (arXiv 2307.09288). The soft label is the cDPO-like
+    label smoothing of Secrets of RLHF II (arXiv 2401.06080). The last term, from arXiv 2312.09244, keeps scores around
     zero.
     """
     ordering = links.sigmoid(chosen, rejected, probability=probability, margin=margin)
@@ -43,9 +43,9 @@ def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: T
 def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
     """Measure how scores [N] agree with the labels.
 
-    accuracy: pairs ordered as labelled, ties wrong (without p = 1/2); margin: mean of chosen - rejected; loss:
-    cross-entropy of sigmoid(margin) against p; calibration_error: of the confidence in the likelier side (1/2 to 1),
-    ten bins.
+    accuracy: share of pairs ordered as labelled, with ties counted as wrong and pairs of p = 1/2 left out; margin: mean
+    of chosen - rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: of the confidence in the
+    likelier side (1/2 to 1), in ten bins.
     """
     margin = chosen - rejected
     decided = probability != 0.5
@@ -112,7 +112,7 @@ class PreferenceLearner:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """Return the loss before the step and, of this rank's pairs, accuracy and margin."""
+        """Train on a batch; return the loss before the step, and accuracy and margin over this rank's pairs."""
         self._seen = []
         items = together(pairs, self._pad_id, self.training.config.tokens_per_microbatch)
         loss = self.training.step(items, float(len(pairs)))
@@ -154,8 +154,8 @@ class PreferenceLearner:
 
 
 def together(pairs: Sequence[EncodedPair], pad_id: int | None, limit: int) -> list[PromptPairs]:
-    """Group by prompt: its tokens, and a response in several pairs, are then computed once. Groups of more than `limit`
-    tokens are halved, down to a pair."""
+    """Group pairs by prompt, so that its tokens, and a response in several pairs, are computed once. Groups of more
+    than `limit` tokens are halved, down to single pairs."""
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)
@@ -177,7 +177,7 @@ def measure_folder(
     config: RewardTrainingConfig,
     context: TrainingContext,
 ) -> dict[str, float]:
-    """Measure a saved model, run as the reward runs it. Raise ClassifierError if it is no classifier."""
+    """Measure a saved model, run as the reward runs it. Raise ClassifierError if it is not a classifier."""
     from rewards.preference.scorers import load_scorer
 
     scorer = load_scorer(

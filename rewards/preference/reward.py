@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
-"""Of different lengths, to test padding at the start."""
+"""Responses of different lengths, so that the check at the start tests padding."""
 
 
 class PreferenceReward(Reward):
     """Raw, unbounded logit of a sequence classifier with one label; differences are log-odds of preference.
 
-    An input longer than the model takes is invalid (`too_long`), not cut.
+    A sample longer than the model accepts is invalid (`too_long`); it is not truncated.
     """
 
     class Config(RewardConfig):
         model_path: str
         """Folder of a one-label `...ForSequenceClassification` with its tokenizer. Its Python code is never run."""
         layout: Layout = "chat"
-        """chat: the conversation through the tokenizer's chat template; pair: the texts (prompt, response)."""
+        """chat: apply the tokenizer's chat template to the conversation; pair: the texts as (prompt, response)."""
         chat_template: str | None = None
         """Path of a Jinja chat template that replaces the tokenizer's own."""
         max_length: int | None = Field(default=None, ge=1)
-        """Longest prompt and response in tokens; longer samples are invalid. null: what model and tokenizer take."""
+        """Limit of prompt plus response, in tokens; longer samples are invalid. null: the model's and tokenizer's."""
         backend: Literal["auto", "packed", "padded"] = "auto"
-        """packed: no padding, a group's prompt once (decoders with a linear head); padded: any model, as transformers
-        runs it; auto: packed where it gives the same scores."""
+        """packed: without padding, a group's prompt computed once (decoders with a linear head); padded: any model, as
+        transformers runs it; auto: packed if it gives the same scores."""
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
         """auto: bfloat16 on CUDA, float32 on CPU. The head is always float32."""
         tokens_per_batch: int = Field(default=16384, ge=1)
-        """Tokens per forward pass, shared prefixes counted for each sequence."""
+        """Tokens per forward pass; shared prefixes count for each sequence."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -116,7 +116,7 @@ def _score(logit: float) -> Score:
 
 
 def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
-    """Raise ClassifierError if `max_length` is more than the model takes."""
+    """Return the longest input; raise ClassifierError if `max_length` is more than the model accepts."""
     room = positions(model)
     if config.max_length is not None and config.max_length > room:
         raise ClassifierError(

@@ -1,4 +1,4 @@
-"""A one-label sequence classifier, packed, or padded as transformers does it; head in fp32."""
+"""Runs a one-label sequence classifier, packed, or padded as in transformers, with its head in fp32."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "packed", "padded"]
 HEADS = ("score", "classifier")
-"""transformers' names, by model family."""
+"""transformers' names of the head, which differ by model family."""
 
 
 class Classifier:
     def __init__(self, model: Any, pad_id: int | None, device: str, tokens_per_batch: int) -> None:
-        """Packed if that is the model's attention."""
+        """Run packed if the model's attention is the packed one."""
         self._model, self._pad_id, self._device, self._tokens_per_batch = model, pad_id, device, tokens_per_batch
         self._packed: Scorer | None = None
         if runs_packed(model):
@@ -40,7 +40,7 @@ class Classifier:
         return self._packed is not None
 
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
-        """Raw logits in the same shape; equal inputs of a group are computed once."""
+        """Return raw logits in the shape of `groups`; equal inputs of a group are computed once."""
         unique = [list(dict.fromkeys(group)) for group in groups]
         flat = iter(self._score_padded(unique) if self._packed is None else self._score_packed(self._packed, unique))
         logits = [{item: next(flat) for item in items} for items in unique]
@@ -57,7 +57,7 @@ class Classifier:
         start = 0
         while start < len(order):
             longest = len(items[order[start]].ids)
-            # Without a padding token transformers would read the score at the padding.
+            # Without a padding token, transformers would read the score at the padding.
             size = 1 if self._pad_id is None else max(1, self._tokens_per_batch // longest)
             batch = order[start : start + size]
             for i, value in zip(batch, self._forward([items[i] for i in batch], longest).tolist(), strict=True):
@@ -90,9 +90,9 @@ def load_scorer(
     backend: Backend,
     canned: Sequence[Encoded],
 ) -> Classifier:
-    """Load the model; two canned inputs must get finite scores.
+    """Load the model and check that two canned inputs get finite scores.
 
-    Raise ClassifierError if weights are missing (the head would start at random), or if it cannot be run as asked.
+    Raise ClassifierError if weights are missing (the head would be random), or if the model cannot run as requested.
     """
     torch.set_num_threads(threads)
     try:
@@ -128,7 +128,7 @@ def load_scorer(
 
 
 def _attention(folder: Path, *, insist: bool) -> dict[str, str]:
-    """The attention under which scores are exact; none, for transformers' own on padded inputs, if there is none."""
+    """Return the attention to load with: the packed one if its scores are exact, else one for padded inputs or none."""
     config = AutoConfig.from_pretrained(folder)
     try:
         attention = choose_attention(config, AutoModelForSequenceClassification)
@@ -146,7 +146,7 @@ def _attention(folder: Path, *, insist: bool) -> dict[str, str]:
 
 
 def _head_in_fp32(model: Any, folder: Path) -> None:
-    """Raw scores in 16 bit lie far apart; the head's product costs nothing in fp32."""
+    """Run the head in fp32, which costs nothing: in 16 bits, representable raw scores are far apart."""
     heads = [head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
     if not heads:
         raise ClassifierError(

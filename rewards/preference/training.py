@@ -1,4 +1,4 @@
-"""`reward=preference` of `rlkit.train_reward`: a Bradley-Terry reward model from preference pairs."""
+"""`reward=preference` of `rlkit.train_reward`: trains a Bradley-Terry reward model on preference pairs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rewards.preference.learner import EncodedPair, PreferenceLearner
 
 SAMPLES = 20
-"""Held-out pairs in samples.jsonl: those ordered most wrongly."""
+"""Number of held-out pairs in samples.jsonl: those with the lowest chosen - rejected."""
 
 
 class PreferenceTraining(RewardTraining):
@@ -42,7 +42,7 @@ class PreferenceTraining(RewardTraining):
         chat_template: str | None = None
         """Path of a Jinja chat template that replaces the tokenizer's own; saved with the model."""
         max_length: int | None = Field(default=None, ge=1)
-        """Longest prompt and response in tokens; longer pairs are skipped and counted. null: what the model takes."""
+        """Limit of prompt plus response, in tokens; longer pairs are skipped and counted. null: the model's limit."""
 
     Data: ClassVar[type[PairRows]] = PairRows
     stages: ClassVar[tuple[Stage, ...]] = ("train", "evaluate")
@@ -145,7 +145,7 @@ class PreferenceTraining(RewardTraining):
         )
 
     def _encoded(self, prompts: Sequence[Sequence[Pair]], encoder: Encoder, report: Report) -> list[list[EncodedPair]]:
-        """Leave out what the model cannot read. Raise DataError if that is too much."""
+        """Encode pairs, leaving out those that the model cannot read. Raise DataError if these are too many."""
         from rewards.preference.learner import EncodedPair
 
         encoded: list[list[EncodedPair]] = []

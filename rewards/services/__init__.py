@@ -1,1 +1,1 @@
-"""What several rewards need: HTTP and chat clients, likelihoods, the sandbox."""
+"""Services that several rewards use: HTTP and chat clients, likelihoods, the sandbox."""

@@ -1,4 +1,4 @@
-"""Answers of language models, read strictly: one JSON object, or what stands in tags."""
+"""Strict reading of language models' answers: one JSON object, or the text between tags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Unparsable(ValueError): ...
 
 
 def guided_decoding(schema: Mapping[str, Any], name: str = "verdict") -> dict[str, Any]:
-    """Fields of a request whose answer follows the schema."""
+    """Return request fields that make the answer follow the schema."""
     named = {"name": name, "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
@@ -37,7 +37,7 @@ def json_object(answer: str) -> dict[str, Any]:
         raise Unparsable("the answer is not one JSON object: nested too deeply") from error
     except Unparsable:
         raise
-    except ValueError as error:  # Python reads no number of more than 4,300 digits
+    except ValueError as error:  # Python does not parse numbers of more than 4,300 digits
         raise Unparsable(f"the answer cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise Unparsable(f"the answer is not a JSON object but {type(content).__name__}")
@@ -52,7 +52,7 @@ def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tagged_answer(text: str) -> str | None:
-    """What the last pair of <answer> and </answer> encloses."""
+    """Return the text between the last pair of <answer> and </answer>."""
     before, end, _ = text.rpartition("</answer>")
     _, start, inside = before.rpartition("<answer>")
     return inside.strip() if end and start else None

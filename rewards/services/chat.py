@@ -21,7 +21,7 @@ from rewards.services.http import (
 
 
 class CallFailed(Exception):
-    """The message is the samples' reason (`class: details`)."""
+    """A call failed; the message becomes the samples' reason (`class: details`)."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class ChatClient:
         try:
             answer = response.json()
             text = answer["choices"][0]["message"].get("content")
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:  # no JSON, or another
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:  # not such JSON
             problem = f"no chat completion ({type(error).__name__}): {excerpt(response)}"
             raise TransientError(str(response.url), problem, response.status_code) from error
         self.budget.count(answer.get("usage"))

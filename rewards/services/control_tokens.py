@@ -1,4 +1,4 @@
-"""Control tokens of language models that foreign text spells out, broken up before it reaches one."""
+"""Breaks up language models' control tokens spelled out in untrusted text, before a model reads the text."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _BRACKETED = "|".join(
         *("gMASK", "sMASK", "MASK", "CLS", "SEP", "PAD", "UNK", "BOS", "EOS", r"UNUSED_TOKEN_\d{1,4}"),
     )
 )
-# A server that parses special tokens inside of message content would end the turn at a response's `<|im_end|>` and take
-# what follows for its own words. Its tokenizer is unknown: tokens of families that are not listed pass. Nothing is
-# removed, and the judge is informed.
+# A server that parses special tokens inside message content would end the turn at a response's `<|im_end|>` and treat
+# the text after it as its own. Its tokenizer is unknown, so tokens of families that are not listed pass. Nothing is
+# removed, and the judge is told.
 _BREAK = re.compile(
     "|".join(
         (
             # ChatML, Qwen, Llama 3 and 4, Phi, GLM, Granite, Kimi, gpt-oss, Cohere; DeepSeek with U+FF5C
             r"(?<=[<＜])(?=[|｜]\S)",
-            # their ends where a name stands before the bar: <turn|>
+            # closing forms, with the name before the bar: <turn|>
             r"(?<=[<＜])(?=[^\s<>＜＞|｜]{1,64}[|｜][>＞])",
-            # Llama 2, Mistral, Gemma, Seed, T5 and kin
+            # Llama 2, Mistral, Gemma, Seed, T5 and similar
             rf"(?<=<)(?=/?(?:{_NAMES})>)",
             rf"(?<=\[)(?=/?(?:{_BRACKETED})\])",
             # EXAONE, MiniMax
@@ -53,7 +53,7 @@ _BREAK = re.compile(
 
 
 def break_control_tokens(text: str) -> str:
-    """Put a space after the first character of what looks like a control token."""
+    """Insert a space after the first character of anything that looks like a control token."""
     return _BREAK.sub(" ", text)
 
 

@@ -1,7 +1,7 @@
 """The HTTP client of the rewards that ask a server.
 
-`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and 505).
-`RefusedError` would recur and is raised at once.
+`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (except 501 and
+505). `RefusedError` is raised at once, because it would recur.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Body = bytes | Callable[[float], bytes]
-"""The content, or a function that makes it for each try from the seconds until the deadline (its errors propagate)."""
+"""The content, or a function of the seconds until the deadline that builds it for each try (its errors propagate)."""
 
 SHOWN_CHARACTERS = 300
 SAME_AGAIN = (501, 505)
@@ -36,11 +36,11 @@ class HttpError(Exception):
         super().__init__(f"{url}: {problem}")
         self.url = url
         self.problem = problem
-        """Without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
+        """The problem without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
         self.status = status
         self.answer = answer
         self.retry_after: float | None = None
-        """Seconds that the server asks to wait."""
+        """Seconds that the server asks the client to wait."""
 
 
 class TransientError(HttpError):
@@ -54,12 +54,12 @@ class RefusedError(HttpError): ...
 
 
 class OutOfTimeError(HttpError):
-    """The deadline comes before an answer or the next try."""
+    """The deadline would pass before an answer or the next try."""
 
     def __init__(self, url: str, last: TransientError | None) -> None:
         super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
         self.last = last
-        """Of this request, or of a concurrent one since this began."""
+        """Last error of this request, or of a concurrent one since this one began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,19 @@ class Limits:
     attempts: int | None = None
     """None: until the deadline."""
     try_seconds: float | None = None
-    """Of one try, from connecting to the last byte; None: until the deadline."""
+    """Limit of one try, from connecting to the last byte; None: until the deadline."""
     connect_seconds: float | None = None
     concurrent: int = 8
-    """Requests in flight, without those waiting for the next try."""
+    """Requests in flight, not counting those that wait for the next try."""
     first_pause: float = 0.5
     longest_pause: float = 30.0
-    """Seconds; pauses are random, up to a bound that doubles."""
+    """In seconds. Pauses are random, up to a bound that doubles each time."""
     longest_retry_after: float | None = None
     """Cap on the server's Retry-After; None: `longest_pause`."""
 
 
 class HttpClient:
-    """POST to one service, at one address or at replicas in turn. Used from one event loop."""
+    """Posts to one service, at one address or at replicas in turn. Used from one event loop."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class HttpClient:
         verify: ssl.SSLContext | bool = True,
         log_retries: bool = False,
     ) -> None:
-        """`trust_env` and `verify` are httpx's. `log_retries`: warn of retried failures."""
+        """`trust_env` and `verify` are httpx's options. `log_retries`: warn about retried failures."""
         self.limits = limits
         self._urls, self._turns = tuple(urls), itertools.cycle(urls)
         self._log_retries = log_retries
@@ -106,7 +106,7 @@ class HttpClient:
         )
 
     async def post(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
-        """Return `read` of an answer with status 200; `deadline` is on `time.monotonic`.
+        """Return `read(answer)` of an answer with status 200; `deadline` is on `time.monotonic`.
 
         Raise TransientError after the last try, RefusedError, OutOfTimeError, and what `body` and `read` raise.
         """
@@ -156,13 +156,13 @@ class HttpClient:
     async def _send(self, url: str, content: bytes) -> httpx.Response:
         limit = self.limits.try_seconds
         try:
-            async with asyncio.timeout(limit):  # httpx's own limits begin again with every byte
+            async with asyncio.timeout(limit):  # httpx's own limits restart with every byte
                 return await self._http.post(url, content=content)
         except TimeoutError:
             error = TransientError(url, f"no answer within {limit:g} s")
             error.timed_out = True
             raise error from None
-        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
+        except httpx.RequestError as error:  # includes DecodingError, for a body that is not valid gzip
             raise _no_answer(url, error) from error
 
     def _note(self, state: RetryCallState) -> None:
@@ -181,7 +181,7 @@ class HttpClient:
 
 
 class BlockingHttpClient:
-    """HttpClient for threads: its event loop runs in another one."""
+    """HttpClient for threads; its event loop runs in a separate thread."""
 
     def __init__(self, urls: Sequence[str], limits: Limits, token: str | None = None, **options: Any) -> None:
         self._client = HttpClient(urls, limits, token, **options)
@@ -209,7 +209,7 @@ def get(
     trust_env: bool = True,
     verify: ssl.SSLContext | bool = True,
 ) -> httpx.Response:
-    """GET once; any status is an answer. Raise TransientError if there is none."""
+    """Send one GET request; any status counts as an answer. Raise TransientError if there is none."""
     timeout = httpx.Timeout(seconds, connect=connect_seconds or seconds)
     try:
         return httpx.get(url, headers=_bearer(token), timeout=timeout, trust_env=trust_env, verify=verify)
@@ -222,12 +222,12 @@ def _bearer(token: str | None) -> dict[str, str]:
 
 
 def json_body(value: Any) -> bytes:
-    """ASCII, since a model's text may hold what UTF-8 cannot encode."""
+    """Encode as ASCII, because a model's text may contain characters that UTF-8 cannot encode."""
     return json.dumps(value).encode()
 
 
 def require_ok(answer: httpx.Response) -> httpx.Response:
-    """Return an answer with status 200; raise TransientError or RefusedError for another."""
+    """Return an answer with status 200; raise TransientError or RefusedError for any other status."""
     status = answer.status_code
     if status == 200:
         return answer

@@ -1,4 +1,4 @@
-"""Scores by reasoning-gym's own `score_answer`."""
+"""Scores answers by reasoning-gym's own `score_answer`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 COLUMN = "reasoning_gym"
-"""What `data=reasoning_gym` gives: data set, options and entry, as a Python literal. (rlkit/data names it, too: neither
-may import the other.)"""
+"""Column written by `data=reasoning_gym`: data set, options and entry, as a Python literal. (rlkit/data repeats the
+name, because neither may import the other.)"""
 
 _EVALUATE = frozenset(
     {
@@ -26,16 +26,16 @@ _EVALUATE = frozenset(
         "string_insertion",
     }
 )
-"""Data sets whose `score_answer` evaluates the answer, with `eval` or sympy's parser, which does so too."""
+"""Data sets whose `score_answer` evaluates the answer as code, with `eval` or with sympy's parser, which uses it."""
 _FUNCTIONS = re.compile(r"a?(sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|pi")
 _NAME = re.compile(r"[^\W\d]\w*")
 
 
 def score_answer(column: str, answer: str | None) -> float:
-    """From 0 to 1; 1 is right. An answer at which the package raises is worth 0; None is no answer.
+    """Score from 0 to 1; 1 is right. An answer for which the package raises scores 0; None means no answer.
 
-    So is one that names more than mathematics does where the package would evaluate it: what the policy writes runs in
-    sandboxes alone.
+    If the package would evaluate the answer, one with names other than those of mathematics also scores 0: the policy's
+    text may only be executed in sandboxes.
     """
     task = ast.literal_eval(column)
     if task["name"] in _EVALUATE and answer is not None and not names_mathematics_alone(answer):
@@ -49,12 +49,12 @@ def score_answer(column: str, answer: str | None) -> float:
 
 
 def names_mathematics_alone(answer: str) -> bool:
-    """No name in it can reach anything: single letters, functions, and rows of A to E, as `string_insertion` has.
+    """Whether it has only harmless names: single letters, functions, and strings of A to E as in `string_insertion`.
 
     >>> names_mathematics_alone("x**2*sin(3*x) + C"), names_mathematics_alone("__import__('os')")
     (True, False)
     """
-    # Python takes some letters beyond ASCII for others.
+    # Python normalises some non-ASCII letters to ASCII ones.
     return answer.isascii() and all(
         len(name) == 1 or _FUNCTIONS.fullmatch(name) or set(name) <= set("ABCDE") for name in _NAME.findall(answer)
     )

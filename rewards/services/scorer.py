@@ -1,4 +1,4 @@
-"""Log-probs, head scores, hidden states and embeddings of token sequences under a frozen model.
+"""Computes log-probs, head scores, hidden states and embeddings of token sequences under a frozen model.
 
 A reward built on it:
 
@@ -15,8 +15,8 @@ A reward built on it:
             values = [[float(next(logprobs).mean()) for _ in group.samples] for group in groups]
             return [GroupScores(tuple(map(Score, of_group))) for of_group in values]
 
-Sequences come as trees: shared prefixes are computed once, and nothing is padded. Log-probs are of suffixes: log
-p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
+Sequences come as trees: shared prefixes are computed once, and nothing is padded. Log-probs are those of the
+suffixes: log p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
 `rlkit.data.rendering.load_tokenizer`.
 """
 
@@ -49,9 +49,9 @@ Rows = Callable[[Tree], list[int]]
 class Scorer:
     """A frozen model behind packed forward passes whose results are cached.
 
-    A call returns one entry per sequence, tree after tree. The cache key is the content of a whole forward pass and the
-    kind of result, so a hit is bit by bit what the pass would compute, and a run resumed with an empty cache repeats
-    the numbers.
+    A call returns one entry per sequence, tree after tree. The cache key is the content of a whole forward pass plus
+    the kind of result. A hit is therefore bit-identical to what the pass would compute, and a run resumed with an empty
+    cache gives the same numbers.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Scorer:
         cache_mib: float = 64.0,
         logit_elements_per_chunk: int = 2**24,
     ) -> None:
-        """`tokens_per_batch`: tokens per forward pass, a shared prefix counted in each sequence. None: a pass per tree,
-        so its values do not depend, even in the last bit, on the call's other trees."""
+        """`tokens_per_batch`: tokens per forward pass; a shared prefix counts in each sequence. None: one pass per
+        tree, so that its values do not depend, even in the last bit, on the call's other trees."""
         self.module: Any = module.to(device).eval().requires_grad_(False)
         self._device = device
         self._tokens_per_batch = tokens_per_batch
@@ -84,7 +84,7 @@ class Scorer:
     ) -> Scorer:
         """Load a Hugging Face folder, or `embedded:NAME`; head=score takes a classifier with one label.
 
-        `options` are those of the constructor. Raise ModelLoadError with the remedy.
+        `options` are the constructor's. Raise ModelLoadError with the remedy.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -94,11 +94,11 @@ class Scorer:
 
     @property
     def model(self) -> Any:
-        """After a change of its weights call `forget`."""
+        """The model. After changing its weights, call `forget`."""
         return self.module.model
 
     def logprobs(self, trees: Sequence[Tree], temperature: float = 1.0) -> list[np.ndarray]:
-        """[T] float32 log-probs of each suffix's T tokens, each conditioned on all tokens before it."""
+        """Return [T] float32 log-probs of each suffix's T tokens, each conditioned on all tokens before it."""
         self._require(PackedCausalLM, "log-probs", "language_model")
 
         def forward(packed: PackedBatch, suffixes: Sequence[slice]) -> Tensor:
@@ -108,7 +108,7 @@ class Scorer:
         return self._results(f"logprobs {temperature!r}", trees, forward, _suffix_lengths)
 
     def score(self, trees: Sequence[Tree]) -> list[float]:
-        """Raw head score of each sequence, read at its last token and computed in float32."""
+        """Return each sequence's raw head score, read at its last token and computed in float32."""
         self._require(PackedScorer, "scores", "score")
 
         def forward(packed: PackedBatch, suffixes: Sequence[slice]) -> Tensor:
@@ -118,7 +118,7 @@ class Scorer:
         return [float(row[0]) for row in self._results("score", _without_empty_prefixes(trees), forward, _one_each)]
 
     def hidden_states(self, trees: Sequence[Tree], layers: Sequence[int]) -> list[np.ndarray]:
-        """[T, L, D] float32 states of each suffix's T tokens after L layers.
+        """Return [T, L, D] float32 states of each suffix's T tokens at L layers.
 
         Layers are numbered as in transformers' `hidden_states`: 0 is the embedding, -1 the final, normalised state.
         """
@@ -130,7 +130,7 @@ class Scorer:
         return self._results(f"states {list(layers)}", trees, forward, _suffix_lengths)
 
     def embeddings(self, trees: Sequence[Tree], *, pooling: Pooling = "mean", layer: int = -1) -> np.ndarray:
-        """[N, D] float32: a layer's state at each sequence's last token, or its mean over all or suffix tokens.
+        """Return [N, D] float32: a layer's state at each sequence's last token, or its mean over all or suffix tokens.
 
         Raise ValueError for an empty suffix with `suffix_mean`.
         """
@@ -151,7 +151,7 @@ class Scorer:
         return np.concatenate(self._results(f"embedding {pooling} {layer}", trees, forward, _one_each))
 
     def to(self, device: str) -> None:
-        """Before the next pass the weights must be back on the scorer's device."""
+        """Move the weights; before the next pass they must be back on the scorer's device."""
         self.module.to(device)
 
     def forget(self) -> None:
@@ -180,7 +180,7 @@ class Scorer:
         return [piece for pieces in results for piece in pieces]
 
     def _plan(self, trees: list[Tree]) -> tuple[list[Tree], list[list[int]]]:
-        """Cut trees too large for one forward pass; return the parts, and which of them share a pass."""
+        """Split trees too large for one forward pass; return the parts, and which of them share a pass."""
         limit = self._tokens_per_batch
         if limit is None:
             return trees, [[i] for i in range(len(trees))]
@@ -199,7 +199,7 @@ class Scorer:
 
 
 def group_tree(group: Group) -> Tree:
-    """Raises UserError for a sample of several segments: its tokens do not follow the prompt."""
+    """Return a group as a tree. Raise UserError if a sample has several segments: they do not follow the prompt."""
     if any(sample.segments for sample in group.samples):
         raise UserError(
             "this reward runs a model over prompt and response as one row, and episodes here are several rows (an "
@@ -209,7 +209,7 @@ def group_tree(group: Group) -> Tree:
 
 
 class _Cache:
-    """At most `limit` bytes; the least recently used go first."""
+    """A cache of at most `limit` bytes; the least recently used entries are dropped first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -1,4 +1,4 @@
-"""Folders for what a process writes down for a while."""
+"""Folders for temporary files of a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 _REMOVE_AT_THE_END = ["/bin/sh", "-c", 'read _; exec /bin/rm -rf -- "$0"']
-"""Of a folder, when its standard input ends: with this process, too, which is often killed and cleans nothing."""
+"""Removes a folder when its standard input closes, even if this process is killed, as often happens."""
 
 
 class ScratchFolder:

@@ -1,1 +1,1 @@
-"""Transforms of rewards after scoring."""
+"""Transformations of rewards after scoring."""

@@ -1,4 +1,4 @@
-"""A chain of shaping steps, and the reference rewards of some steps."""
+"""A chain of shaping steps, and the reference rewards that some steps need."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class ReferenceRewards:
     """Reference rewards: a constant, a data column, or reference responses, scored once and cached by their texts."""
 
     def __init__(self, score: ScoreGroups) -> None:
-        """`score` also scores the samples, before any shaping."""
+        """`score` must be what scores the samples, before any shaping."""
         self._score = score
         self._cache: OrderedDict[str, Float64] = OrderedDict()
 
     def __call__(self, step: ReferenceStep, groups: Sequence[Group]) -> list[Float64 | str]:
-        """Per group [N] rewards, N >= 1, or the reason why there are none."""
+        """Return per group [N] rewards, N >= 1, or the reason why there are none."""
         if step.reference_value is not None:
             return [np.array([step.reference_value], dtype=np.float64) for _ in groups]
         if step.reference_rewards is not None:
@@ -53,7 +53,7 @@ class ReferenceRewards:
 
     def _scored(self, column: str, most: int, groups: Sequence[Group]) -> list[Float64 | str]:
         texts = [_texts(group.prompt, column, most) for group in groups]
-        # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
+        # Not keyed by the prompt's id: a served reward sees several data sets, which may use the same ids.
         keys = [_digest(group.prompt, responses) for group, responses in zip(groups, texts, strict=True)]
         unscored = {
             key: text_group(f"reference/{group.prompt.id}", group.prompt, responses)
@@ -122,9 +122,9 @@ Outcomes = tuple[list[int], Float64]
 
 
 class Chain:
-    """The steps of one `shaping` list with their running statistics, which are over valid samples, group by group.
+    """The steps of one `shaping` list, with running statistics over their valid samples.
 
-    A sample that a step cannot shape is invalid, with the reason.
+    A sample that a step cannot shape becomes invalid, with the reason.
     """
 
     def __init__(self, steps: Sequence[Step], owner: str, references: References) -> None:
@@ -132,7 +132,7 @@ class Chain:
         self.statistics = {i: RunningStatistics() for i, step in enumerate(steps) if isinstance(step, RunningStep)}
 
     def __call__(self, groups: Sequence[Group], scored: Scored, learn: bool = False) -> list[GroupScores | None]:
-        """With `learn`, running statistics first count the values that reach them."""
+        """Shape all scores; with `learn`, each step first adds the values that reach it to its running statistics."""
         result = list(scored)
         for index, step in enumerate(self.steps):
             if isinstance(step, PROCESS_LEVELS):
@@ -161,7 +161,7 @@ class Chain:
     def _apply(
         self, index: int, step: Step, groups: Sequence[Group], outcomes: Sequence[Outcomes]
     ) -> Sequence[Float64 | str]:
-        """Per group values [n], or the reason why there are none."""
+        """Return per group values [n], or the reason why there are none."""
         if isinstance(step, RunningStep):
             return [step.normalise(values, self.statistics[index]) for _, values in outcomes]
         if isinstance(step, ReferenceStep):
@@ -193,7 +193,7 @@ class Chain:
         return {str(index): statistics.state_dict() for index, statistics in self.statistics.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if the saved steps differ."""
+        """Load the running statistics; raise ValueError if the saved steps differ."""
         if set(state) != {str(index) for index in self.statistics}:
             raise ValueError(
                 f"{self._owner}: the saved state has running statistics of steps {sorted(state)}, this shaping of "
@@ -223,9 +223,9 @@ def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep 
 
 
 def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep | FusingStep) -> Score:
-    """Span rewards, in order of their ends, are one series of steps; those of trained tokens another.
+    """Apply the step to span rewards, in order of their ends, and separately to the rewards of trained tokens.
 
-    Token rewards of a response that was split are rewards of its steps, as algorithms see them.
+    If the response was split into steps, its token rewards are first turned into step rewards, as algorithms see them.
     """
     if not score.valid:
         return score

@@ -1,7 +1,7 @@
 """Rewards relative to reference rewards: PAR (arXiv 2502.18770) and log-sigmoid centring (arXiv 2402.00742).
 
-`references` [N] and `rewards` [n] are of the same prompt and reward model, in float64. Raise ValueError without a
-reference.
+`references` [N] and `rewards` [n] come from the same prompt and reward model, in float64. Without a reference the
+functions raise ValueError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def preference_as_reward(
     """PAR: r' = mean over references of f(k * (r - offset - r_ref)) [n].
 
     f: sigmoid (PAR; slow-then-fast with offset=3), tanh, arctan, or the quintic fitted to the sigmoid. A single
-    reference 0 gives the uncentred forms.
+    reference of 0 gives the uncentred forms.
     """
     rewards, references = _float64(rewards), _known(references)
     shaped: Float64 = FORMS[form](k * (rewards[:, None] - offset - references[None, :]))
@@ -42,7 +42,7 @@ def centred(rewards: Float64, references: Float64) -> Float64:
 
 
 def reference_quantile(references: Float64, quantile: float = 0.85, fit: Fit = "normal") -> float:
-    """The `quantile` of the reference rewards.
+    """Return the `quantile` of the reference rewards.
 
     normal: mean + z * (std + 1e-5), ddof=1, as in PAR's code; needs two references. empirical: linear interpolation.
     """
@@ -60,7 +60,7 @@ def log_sigmoid(rewards: Float64) -> Float64:
 
 
 def log_sigmoid_centred(rewards: Float64, reference: float, floor: float | None = None) -> Float64:
-    """LSC: log sigma(r - r_ref) [n], not below `floor`."""
+    """LSC: log sigma(r - r_ref) [n], bounded below by `floor`."""
     shaped = log_sigmoid(_float64(rewards) - reference)
     return shaped if floor is None else np.maximum(shaped, floor)
 

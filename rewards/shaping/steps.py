@@ -24,7 +24,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass
 class RunningStatistics:
-    """Count, mean, sum of squared differences, extremes; batches are merged exactly (Chan et al.)."""
+    """Count, mean, sum of squared deviations and extremes; batches are merged exactly (Chan et al.)."""
 
     count: int = 0
     mean: float = 0.0
@@ -33,7 +33,7 @@ class RunningStatistics:
     greatest: float = -math.inf
 
     def add(self, values: Float64) -> None:
-        """Values [n] are finite; n may be 0."""
+        """Add values [n], which must be finite; n may be 0."""
         n = len(values)
         if n == 0:
             return
@@ -46,7 +46,7 @@ class RunningStatistics:
 
     @property
     def std(self) -> float:
-        """Population standard deviation (ddof=0); 0 below two values."""
+        """Population standard deviation (ddof=0); 0 for fewer than two values."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def state_dict(self) -> dict[str, float]:
@@ -59,14 +59,14 @@ class RunningStatistics:
 
 
 class Step(Named):
-    """Subclass OutcomeStep, ReferenceStep, RunningStep, ProcessStep or FusingStep."""
+    """Base of all steps. Subclass OutcomeStep, ReferenceStep, RunningStep, ProcessStep or FusingStep."""
 
     keeps_scale: ClassVar[bool] = False
-    """Whether a reward after it is comparable with reference rewards before it."""
+    """Whether its output is still comparable with reference rewards that it has not shaped."""
 
     @property
     def sets_scale(self) -> bool:
-        """Whether raw model scores have a known spread after it: bounded, or a standard deviation of 1."""
+        """Whether it gives raw model scores a known spread: bounds, or a standard deviation of 1."""
         return False
 
 
@@ -79,16 +79,16 @@ class OutcomeStep(Step):
 
 
 class ReferenceStep(Step):
-    """Compares with rewards of reference responses to the same prompt. Needs exactly one of three sources."""
+    """Compares with the rewards of reference responses to the same prompt. Exactly one of three sources must be set."""
 
     reference_value: float | None = None
     """The same reference reward for every prompt."""
     reference_rewards: str | None = None
-    """Data column with each prompt's reference rewards (a number or a list), scored before by the same reward."""
+    """Data column with each prompt's reference rewards (a number or a list), scored beforehand by the same reward."""
     reference_responses: str | None = None
-    """Column with reference responses (a text or a list), scored once by this reward; `references`: the data's."""
+    """Column with reference responses (a text or a list), scored once by this reward; `references`: the data's own."""
     max_references: int = Field(default=10, ge=1)
-    """Use at most this many of a prompt, the first ones."""
+    """Use at most this many references per prompt, the first ones."""
 
     @abstractmethod
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
@@ -109,7 +109,7 @@ SOURCES = ("reference_value", "reference_rewards", "reference_responses")
 
 
 class RunningStep(Step):
-    """Uses statistics of all valid values so far, saved with the reward's state."""
+    """Uses statistics of all valid values so far, which are saved with the reward's state."""
 
     @abstractmethod
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
@@ -125,7 +125,7 @@ class ProcessStep(Step):
 
 
 class FusingStep(Step):
-    """Changes the process rewards of one response by its outcome."""
+    """Changes the process rewards of one response depending on its outcome."""
 
     @abstractmethod
     def apply(self, steps: Float64, outcome: float) -> Float64:
@@ -137,9 +137,9 @@ class Par(ReferenceStep):
 
     kind: str = "par"
     form: Form = "sigmoid"
-    """f; quintic is a polynomial fitted to the sigmoid."""
+    """The function f; quintic is a polynomial fitted to the sigmoid."""
     k: float = Field(default=1.0, gt=0)
-    """Steepness."""
+    """Steepness of f."""
     offset: float = 0.0
     """3 gives the slow-then-fast variant."""
 
@@ -152,7 +152,7 @@ class Par(ReferenceStep):
 
 
 class Centre(ReferenceStep):
-    """Subtracts the mean reference reward; aligns the members of an ensemble."""
+    """Subtracts the mean reference reward, for example to align the members of an ensemble."""
 
     kind: str = "centre"
 
@@ -195,7 +195,7 @@ class Standardise(RunningStep):
         return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """Only centred while all values are equal, unchanged before there are statistics."""
+        """Only centre while all values so far are equal; change nothing before there are statistics."""
         return (values - statistics.mean) / (statistics.std or 1.0) if statistics.count else values
 
 
@@ -204,16 +204,16 @@ class ClipStd(RunningStep):
 
     kind: str = "clip_std"
     width: float = Field(default=1.0, gt=0)
-    """In standard deviations."""
+    """Half-width of the interval in standard deviations."""
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """Unchanged before there are statistics."""
+        """Change nothing before there are statistics."""
         room = self.width * statistics.std
         return np.clip(values, statistics.mean - room, statistics.mean + room) if statistics.count else values
 
 
 class MinMax(RunningStep):
-    """(r - least) / (greatest - least) with running extremes."""
+    """(r - min) / (max - min) with running extremes."""
 
     kind: str = "minmax"
 
@@ -222,7 +222,7 @@ class MinMax(RunningStep):
         return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """0 while all values are equal, unchanged before there are statistics."""
+        """Return 0 while all values so far are equal; change nothing before there are statistics."""
         spread = statistics.greatest - statistics.least
         return (values - statistics.least) / (spread or 1.0) if statistics.count else values
 
@@ -243,7 +243,7 @@ class GroupNormalise(OutcomeStep):
         if not self.divide:
             return shifted
         std = float(np.std(values))
-        # Equal rewards leave rounding errors behind, which must not be blown up to a spread of 1.
+        # Equal rewards leave rounding errors, which must not be scaled up to a standard deviation of 1.
         negligible = std <= 1e-12 * max(1.0, float(np.max(np.abs(values))))
         return np.zeros_like(shifted) if negligible else shifted / std
 
@@ -253,9 +253,9 @@ class Clamp(OutcomeStep):
 
     kind: str = "clamp"
     low: float | None = None
-    """Least value; null: none."""
+    """Lower bound; null: none."""
     high: float | None = None
-    """Greatest value; null: none."""
+    """Upper bound; null: none."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -270,7 +270,7 @@ class Clamp(OutcomeStep):
 
 
 class LengthPenalty(OutcomeStep):
-    """Subtracts `per_token` for every response token beyond `free_tokens` (PAR's code, before the centring)."""
+    """Subtracts `per_token` for every response token beyond `free_tokens` (as PAR's code does before centring)."""
 
     kind: str = "length_penalty"
     keeps_scale: ClassVar[bool] = True
@@ -290,11 +290,11 @@ class Overlong(OutcomeStep):
     kind: str = "overlong"
     keeps_scale: ClassVar[bool] = True
     max_tokens: int = Field(ge=1)
-    """Length with the whole cost: usually rollout.max_response_tokens."""
+    """Length at which the full cost applies: usually rollout.max_response_tokens."""
     buffer_tokens: int = Field(ge=1)
-    """Tokens before that over which the cost grows from 0 (DAPO: a fifth of max_tokens)."""
+    """The cost grows from 0 over this many tokens before max_tokens (DAPO: a fifth of max_tokens)."""
     weight: float = Field(default=1.0, gt=0)
-    """The whole cost."""
+    """The full cost."""
 
     @model_validator(mode="after")
     def _buffer_fits(self) -> Self:
@@ -313,7 +313,7 @@ class Clip(ProcessStep):
 
     kind: str = "clip"
     eta: float
-    """The bound; not in the paper. Try 0.5 for scores within 0 and 1."""
+    """The bound, which the paper does not give. Try 0.5 for scores between 0 and 1."""
 
     def apply(self, steps: Float64) -> Float64:
         return clip(steps, self.eta)
@@ -329,24 +329,26 @@ class Delta(ProcessStep):
 
 
 class Renorm(FusingStep):
-    """p + outcome - mu for every process reward (PPR): with mu = 1 no step of a wrong response is rewarded, and none
-    of a right one punished (p and outcomes from 0 to 1)."""
+    """p + outcome - mu for every process reward (PPR).
+
+    With mu = 1 no step of a wrong response is rewarded, and none of a right one punished (p, outcomes from 0 to 1)."""
 
     kind: str = "renorm"
     mu: float = 1.0
-    """What is taken off. Not neutral: with an outcome of 0 each further step costs up to mu."""
+    """What is subtracted. This is not neutral: with an outcome of 0 each further step costs up to mu."""
 
     def apply(self, steps: Float64, outcome: float) -> Float64:
         return steps + (outcome - self.mu)
 
 
 class TurnDense(FusingStep):
-    """p / n for every process reward: n is the number of those that are not 0 if the outcome is at least 1, else
-    `maximum`."""
+    """p / n for every process reward p.
+
+    n is the number of process rewards that are not 0 if the outcome is at least 1, else `maximum`."""
 
     kind: str = "turn_dense"
     maximum: int = Field(ge=1)
-    """Process rewards that a response can earn at most."""
+    """The most process rewards that a response can earn."""
 
     def apply(self, steps: Float64, outcome: float) -> Float64:
         return steps / max(1, np.count_nonzero(steps) if outcome >= 1 else self.maximum)
@@ -374,10 +376,10 @@ LEVELS = (OutcomeStep, ReferenceStep, RunningStep, *PROCESS_LEVELS)
 
 
 def parse_steps(value: Any) -> tuple[Step, ...]:
-    """The steps of `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
+    """Parse a list such as `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
 
-    Only costs of length may precede a step that compares with reference rewards. Raise ValueError that names the wrong
-    step.
+    Only length penalties may precede a step that compares with reference rewards. Raise ValueError with the name of the
+    wrong step.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise ValueError("must be a list of steps, like [{kind:par,reference_value:0}]")

@@ -1,1 +1,1 @@
-"""Rewards that are programs."""
+"""Rewards computed by programs."""

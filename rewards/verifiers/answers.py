@@ -1,4 +1,4 @@
-"""Finding final answers in texts."""
+"""Finds final answers in texts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MAX_ANSWER_CHARACTERS = 256
 Marker = Literal["####", "boxed", "answer is", "A:"]
 MARKERS: tuple[Marker, ...] = ("####", "boxed", "answer is", "A:")
 MAX_LINE_CHARACTERS = 2000
-"""Read behind a marker."""
+"""How much is read after a marker."""
 MAX_CANDIDATES = 64
-"""The last ones are looked at."""
+"""How many marked answers are considered, from the last one backwards."""
 
 _LAST_NUMBER = re.compile(rf"(?<![\w.,])[$€£]?({NUMBER}(?:\s?/\s?\d+)?)(?:(?!\w)|(?=(?:[a-z]{{1,3}})?[²³]))")
 _LAST_FORMULA = re.compile(
@@ -50,14 +50,14 @@ _FILLER = re.compile(
 )
 _WORD_AFTER_NUMBER = re.compile(r"\s*([A-Za-z]{2,})")
 _ALTERNATIVE = re.compile(r"\s*(?:or|and|not|to)\s+(?:[-+±√π(\\$\d.]|[b-hj-z]\b)", re.IGNORECASE)
-"""`5 or 6` is more than a 5; `5 and so on` is not. (`a` and `I` are words.)"""
+"""`5 or 6` is more than a 5; `5 and so on` is just a 5. (`a` and `I` are words.)"""
 _DECIMALS = re.compile(r",\d+(?![\d,.]*\d)")
 _BOTTOM = re.compile(r"\s?/\s?\d+(?![\d,.]*\d)")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:per ?cent|percentage|pct)\b)")
 _CONDITION = re.compile(r"\b(?:not|never|if|when|where|no)\b|n't\b", re.IGNORECASE)
 _PRODUCT = re.compile(r"\s*[xX]\s*[\d(]")
 _VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{√π½]|\.?\d)")
-"""Other text after "answer is" may be prose (`my answer is helpful`)."""
+"""Any other text after "answer is" may be prose (`my answer is helpful`)."""
 _SIGN = re.compile(r"[°²³€£¥₹¢]|[a-z]{1,3}[²³]")
 _PROSE = re.compile(
     r"\s+[(\[\"'A-Za-z—–]|\s*[—–]|[\"')\]*_]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$|,\s*(?:and|so|which)\b"
@@ -78,7 +78,7 @@ _LAST_IS = re.compile(r"(?<!\w)(?:is|are|was|equals|=)\s+(?=[-+−±$€£\\(\[{
 _CURRENCY = re.compile(rf"[\s*_:=≈-]*(?:(\\\$|[€£¥₹])\s*|(\$)\s?){NUMBER}(?P<end>.?)")
 _CURRENCY_AFTER = re.compile(rf"\s*{NUMBER}\s*(\\\$|[€£¥₹¢])")
 _NAMES = {"$": "dollars", "\\$": "dollars", "€": "euros", "£": "gbp", "¥": "yen", "₹": "rupees", "¢": "cents"}
-# Between two boxes: nothing but layout, or a few words that join.
+# Between two boxes: only layout, or a few joining words.
 _LAYOUT = re.compile(r"(?:[\s$,;&+]|\\[()\[\],;!: ]|\\q?quad\b|\\\\)*")
 _JOINING = re.compile(r"\b(?:and|or)\b|[,;&]")
 _CORRECTING = re.compile(
@@ -95,11 +95,11 @@ _THIN_SPACE = re.compile(r"\\!|\\,(?![A-Za-z])|(?<=\d)(?:\\[;: ]|~)(?=\d{3})")
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     text: str
-    """Without currency, thousands separators, the words after a number and the rest."""
+    """Without currency, thousands separators, words after a number, and so on."""
     marker: str
     """`####`, `boxed`, `answer is`, `A:` or `last number`."""
     unit: str = ""
-    """The unit of measure or `%` that stood with a plain number."""
+    """The unit of measure or `%` next to a plain number."""
 
     @property
     def marked(self) -> bool:
@@ -107,17 +107,18 @@ class FinalAnswer:
 
     @property
     def quantity(self) -> str:
-        """Text and unit, to be compared."""
+        """Text and unit, for comparison."""
         return f"{self.text} {self.unit}" if self.unit else self.text
 
 
 def final_answer(
     text: str, accept_last_number: bool = False, markers: Sequence[Marker] = MARKERS
 ) -> FinalAnswer | None:
-    r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without the text after it.
+    r"""Return the last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without text after it.
 
-    Neighbouring boxes are one answer. "answer is" before what is no value (`the answer is rounded`) counts only if
-    nothing else is marked. If nothing is marked and `accept_last_number` is set, the last number or formula counts.
+    Neighbouring boxes are one answer. "answer is" before something that is not a value (`the answer is rounded`) counts
+    only if nothing else is marked. If nothing is marked and `accept_last_number` is set, the last number or formula
+    counts.
     """
     words: FinalAnswer | None = None
     for marker, content in _candidates(text, markers):
@@ -132,7 +133,7 @@ def final_answer(
 
 
 def gold_final(text: str) -> FinalAnswer:
-    """From GSM8K's `... #### 72`; a text without a marker is the answer."""
+    """Return the gold answer of GSM8K's `... #### 72`; a text without a marker is the answer itself."""
     marked = None
     if "####" in text or "boxed" in text or "\\fbox" in text or "A:" in text or "nswer" in text:
         marked = final_answer(text)
@@ -144,8 +145,8 @@ def gold_answer(text: str) -> str:
 
 
 def _candidates(text: str, markers: Sequence[Marker]) -> Iterator[tuple[Marker, str]]:
-    """Marked contents, the last first."""
-    # Start, marker, and the content or None: then it is the line behind the start.
+    """Yield marked contents, from the last to the first."""
+    # Start, marker and content; content None: the rest of the line after the start.
     marks: list[tuple[int, Marker, str | None]] = []
     if "####" in markers and "####" in text:
         marks += [(match.end(), "####", None) for match in _HASHES.finditer(text)]
@@ -162,14 +163,14 @@ def _candidates(text: str, markers: Sequence[Marker]) -> Iterator[tuple[Marker, 
         if content is None:
             end = text.find("\n", start, start + MAX_LINE_CHARACTERS)
             content = text[start : end if end >= 0 else start + MAX_LINE_CHARACTERS]
-            if end >= 0 and content.strip(" \t$*_:\\[(") == "":  # a formula of its own: `\[`, the formula, `\]`
+            if end >= 0 and content.strip(" \t$*_:\\[(") == "":  # a formula on separate lines: `\[`, the formula, `\]`
                 content = " ".join(text[start : start + MAX_LINE_CHARACTERS].split("\n", 3)[:3])
         yield marker, content
 
 
 def _boxes(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed box; neighbours are joined by commas. In linear time."""
-    boxes: list[tuple[int, int, int, str]] = []  # start of the command, of its content, end, content
+    """Return start and content of every closed box, in linear time; neighbours are joined by commas."""
+    boxes: list[tuple[int, int, int, str]] = []  # starts of command and content, end, content
     open_braces: list[tuple[int, int] | None] = []  # where a box and its content start; None for an ordinary brace
     for match in _BRACES.finditer(text):
         token = match.group()
@@ -229,12 +230,12 @@ def _strip_decoration(text: str) -> str:
     text = _THIN_SPACE.sub("", text).replace("\\,", " ")
     text = _MARKUP.sub("", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
-    # `+5` is 5; a minus counts only right before the number, so `- 5` stays as it is.
+    # `+5` is 5; a minus counts only directly before the number, so `- 5` is unchanged.
     return re.sub(r"^\+\s*(?=[\d.])", "", text)
 
 
 def _currency(text: str) -> str:
-    """The currency in front of or behind the number with which a text starts."""
+    """Return the currency before or after the number at the start of a text."""
     if not ("$" in text or "€" in text or "£" in text or "¥" in text or "₹" in text or "¢" in text):
         return ""
     match = _CURRENCY.match(text.replace("−", "-"))
@@ -279,7 +280,7 @@ def _clean_line(line: str, marker: str) -> FinalAnswer:
 
 
 def _number_with_words(line: str, number: re.Match[str], currency: str, marker: str) -> FinalAnswer | None:
-    """None if what follows the number is part of the value."""
+    """Return the answer; None if the text after the number is part of the value."""
     text, rest = number.group(), line[number.end() :]
     word = _WORD_AFTER_NUMBER.match(rest)
     if word is not None and word.group(1).lower() in SCALES:
@@ -300,7 +301,7 @@ def _number_with_words(line: str, number: re.Match[str], currency: str, marker: 
 
 
 def _unit_words(rest: str) -> str:
-    """The unit of measure at the start of a text, as it is written."""
+    """Return the unit of measure at the start of a text, as written."""
     stripped = rest.lstrip()
     if not stripped:
         return ""
@@ -314,7 +315,7 @@ def _unit_words(rest: str) -> str:
 
 
 def _result(sentence: str) -> str:
-    """`3 * 4 = 12`: the answer is its result; `x + y = 3` is an equation."""
+    """Return the result of a calculation (`3 * 4 = 12`), but the whole of an equation (`x + y = 3`)."""
     if "=" not in sentence or "," in sentence or re.search(r"[<>!]=|=[<>]", sentence):
         return sentence
     left, _, right = sentence.rpartition("=")

@@ -41,9 +41,9 @@ class Choices:
 
 
 class MultipleChoice(TextRule):
-    """Finds the chosen letter, or an option's text, in what the response marks as its answer.
+    """Finds the chosen letter, or an option's text, in the part that the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` count. Two options or none score 0.
+    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}` and `**B**` count. Two options or none score 0.
     """
 
     class Config(TextRuleConfig):
@@ -60,7 +60,7 @@ class MultipleChoice(TextRule):
         return chosen_option(text, tuple(string.ascii_uppercase[:10]))
 
     def task(self, prompt: Prompt) -> Choices:
-        """The gold answer is a label, an option's text, or its index from 0."""
+        """Return the options; the gold answer is a label, an option's text, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -81,17 +81,17 @@ class MultipleChoice(TextRule):
 
 
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
-    """The chosen label; None for none or several.
+    """Return the chosen label; None for none or several.
 
-    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides; else the response, if it is one line;
-    else its last line that starts with a label (and does not end a list of them); else the only `(X)` or the last
-    word of the last line.
+    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without a marker it is the response if it
+    has one line, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
+    the last word of the last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return None
     marks = list(_MARKERS.finditer(text))
-    for mark in reversed(marks[-8:]):  # a marker that is followed by nothing readable leaves it to the one before
+    for mark in reversed(marks[-8:]):  # if nothing readable follows a marker, the previous one decides
         end = text[mark.end() :].lstrip(" \t:*_\n").split("\n", 1)[0]
         chosen = _read(end, labels, texts)
         if chosen is not None:
@@ -118,7 +118,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """Empty if the line names another one, too."""
+    """Return the label at the start of the line; empty if the line names another one, too."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -127,14 +127,14 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """Empty for two."""
+    """Return the label that the line chooses; empty if it chooses two."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
             return label
     match = _LABEL.match(line)
     if match is not None and (named := _as_label(match[1], labels)):
-        # `A dog` is not the letter A: a bare letter needs an end, a bracket or a reason after it.
+        # `A dog` is not the letter A: after a bare letter must come an end, a bracket or a reason.
         bare = not match["end"] and not line.startswith(("(", "["))
         in_words = bare and match[1] in ("A", "a", "I", "i") and not _AFTER_LETTER.match(match["rest"])
         lower_case = bare and match[1].islower() and match["rest"].strip(" .") != ""
@@ -156,11 +156,11 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """Empty for several; the option's text must be in the line as whole words."""
+    """Return the label of the option whose text is in the line as whole words; empty for several."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]
-    # `New York City` also holds `New York`: of nested options the longest counts.
+    # `New York City` also contains `New York`: of nested options, the longest counts.
     longest = [
         label for label, option in inside if not any(option != o and f" {option} " in f" {o} " for _, o in inside)
     ]

@@ -1,4 +1,4 @@
-"""Comparing a final answer with the gold answer: numbers exactly, units, percentages, clock times and texts."""
+"""Compares a final answer with the gold answer: numbers (exactly), units, percentages, clock times and texts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _OTHER_NUMBER = re.compile(
 
 
 def decide(answer: str, gold: str, letters_are_units: bool = False) -> str | Pair:
-    """`right`, `wrong`, `wrong: WHY`, or the (answer, gold) that math-verify must compare."""
+    """Return `right`, `wrong`, `wrong: WHY`, or the (answer, gold) that math-verify must compare."""
     if answer == gold:
         return "right"
     left, right = plain_decimal(answer), plain_decimal(gold)
@@ -94,7 +94,7 @@ def _compare_values(answer: str, gold: str) -> str | Pair:
         number = _only_number(answer)
         return "wrong" if number is None else _compare_values(number, gold)
     if _RELATION.match(answer) and (right is not None or not _HAS_RELATION.search(gold)):
-        return "wrong"  # `> 5` is no 5
+        return "wrong"  # `> 5` is not 5
     if gold == "0" and _EQUATION.fullmatch(answer):
         return "wrong"
     if over_limits(gold):
@@ -108,7 +108,7 @@ def _said(right: bool) -> str:
 
 
 def _is_rounded(decimal: str, exact: Fraction) -> bool:
-    """Two decimals are compared exactly; a decimal may stand for a fraction that has none as short."""
+    """Whether `decimal` is `exact` rounded; never if `exact` has a finite decimal, as decimals are compared exactly."""
     number = plain_decimal(decimal)
     if number is None or _terminates(exact):
         return False
@@ -126,7 +126,7 @@ def _terminates(value: Fraction) -> bool:
 def _with_decimal_commas(
     answer: str, gold: str, left: Fraction | None, right: Fraction | None
 ) -> tuple[Fraction | None, Fraction | None]:
-    """`3,14` is a decimal if the other side is a single number, and `0,5` always; else it is a list."""
+    """Read decimal commas. `3,14` is a decimal if the other side is a single number, else a list; `0,5` always is."""
     commas = decimal_comma(answer) if left is None else None, decimal_comma(gold) if right is None else None
     if commas[0] is not None and commas[1] is not None:
         if answer.lstrip("-+").startswith("0,") or gold.lstrip("-+").startswith("0,"):
@@ -140,7 +140,7 @@ def _with_decimal_commas(
 
 
 def _clock(text: str) -> tuple[int, str] | None:
-    """Seconds, and `a` or `p` or nothing."""
+    """Return a clock time as seconds and `a` or `p` or nothing."""
     if len(text) > 16 or not (":" in text or text[-1:] in "mM."):
         return None
     match = _CLOCK.fullmatch(text)
@@ -194,7 +194,7 @@ def _percent(text: str) -> str | None:
 
 
 def _compare_percents(answer: str, gold: str, percents: tuple[str | None, str | None]) -> str | Pair:
-    """`50%` is 50 (the sign may be left out) and 0.5 (what it means)."""
+    """Compare percentages: `50%` equals 50 (the sign may be left out) and 0.5 (its value)."""
     left, right = percents
     if left is not None and right is not None:
         return _compare_values(left, right)
@@ -213,7 +213,7 @@ def _compare_percents(answer: str, gold: str, percents: tuple[str | None, str | 
 
 
 def _without_units(answer: str, gold: str, letters_are_units: bool) -> str | Pair:
-    """`wrong` for other quantities; else both in one unit. A unit that only one side has is left out."""
+    """Return `wrong` if the quantities differ in kind, else both in one unit. A unit on only one side is dropped."""
     value, unit = split_unit(answer)
     gold_value, gold_unit = split_unit(gold)
     if unit is None and gold_unit is None:
@@ -257,7 +257,7 @@ def _plain_text(text: str) -> str:
 
 
 def is_prose(gold: str) -> bool:
-    """A text of more words than a response will repeat."""
+    """Whether a gold answer has more words than a response would repeat."""
     return _is_text(gold) and len(_WORD.findall(_plain_text(gold))) > PROSE_WORDS
 
 
@@ -267,7 +267,7 @@ def _alone_in_text(text: str) -> str:
 
 
 def _is_text(gold: str) -> bool:
-    """Words, not an expression: `east`, `Alice and Bob`, `ABCD`, `true`, a choice `B`."""
+    """Whether it is words, not an expression: `east`, `Alice and Bob`, `ABCD`, `true`, a choice `B`."""
     if not _LETTERS.search(gold):
         return False
     plain = _plain_text(gold)
@@ -277,7 +277,7 @@ def _is_text(gold: str) -> bool:
         return True
     words = _WORD.findall(plain)
     if _TEXT.fullmatch(plain) is None:
-        # Prose with a formula in it.
+        # It may be prose with a formula in it.
         return len([word for word in words if len(word) > 3 and word.lower() not in _MATHEMATICAL]) > 4
     if not words or (any(word.lower() in _MATHEMATICAL for word in words) and len(words) < 3):
         return False
@@ -291,7 +291,7 @@ def _is_text(gold: str) -> bool:
 
 
 def _is_product(word: str) -> bool:
-    """Of variables: `xy`, `abc`; not `on`."""
+    """Whether a word is a product of variables: `xy`, `abc`; not `on`."""
     if len(word) > 4 or not word.islower():
         return False
     return set(word) <= set("abc") or not set(word) & set("aeiou")
@@ -313,7 +313,7 @@ def _same_text(answer: str, gold: str) -> bool:
 
 
 def _folded(text: str) -> str:
-    """Without case, punctuation and articles. Capitals alone (`ABCD`, `AB`) are names of points and stay."""
+    """Drop case, punctuation and articles. Capitals alone (`ABCD`, `AB`) are names of points and stay."""
     text = unicodedata.normalize("NFKC", text).strip(" .,;:!?()\"'“”*_")
     text = " ".join(re.sub(r"[^\w\s%+/=<>^-]", "", text).casefold().split())
     return re.sub(r"^(?:the|a|an) (?=\w)", "", text)
@@ -325,7 +325,7 @@ def _has_words(text: str) -> bool:
 
 
 def _only_number(text: str) -> str | None:
-    """The number of a sentence that names one and does nothing with it."""
+    """Return the number in a sentence that has exactly one and no calculation with it."""
     plain = _plain_text(text.replace("$", ""))
     if _OTHER_NUMBER.search(plain):
         return None

@@ -1,6 +1,6 @@
-"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and columns.
+"""`reward=instructions`: checks constraints by program, with IFEval's names, arguments and columns.
 
-Written from the paper (arXiv 2311.07911), with regular expressions instead of NLTK.
+Implemented from the paper (arXiv 2311.07911), with regular expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe."
 
 
 def number_of_placeholders(text: str, *, num_placeholders: float) -> bool:
-    """In square brackets."""
+    """At least this many placeholders in square brackets."""
     return len(_PLACEHOLDER.findall(text)) >= num_placeholders
 
 
 def postscript(text: str, *, postscript_marker: str) -> bool:
-    """A postscript that starts with `P.S.` or `P.P.S`, and has words."""
+    """A postscript that starts with `P.S.` or `P.P.S` and contains words."""
     marker = postscript_marker.strip()
     letters = re.sub(r"[.\s]", "", marker).upper()
     if letters in ("PS", "PPS"):
@@ -72,12 +72,12 @@ def json_format(text: str) -> bool:
 
 
 def title(text: str) -> bool:
-    """In double angular brackets."""
+    """A title in double angle brackets."""
     return any(inside.strip() for inside in _TITLE.findall(text))
 
 
 def two_responses(text: str) -> bool:
-    """Two different answers, divided by six asterisks."""
+    """Two different answers, separated by six asterisks."""
     parts = [part.strip() for part in text.split("******")]
     answers = [part for part in parts if part]
     return all(parts[1:-1]) and len(answers) == 2 and answers[0] != answers[1]
@@ -88,7 +88,7 @@ def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
 
 
 def end_checker(text: str, *, end_phrase: str) -> bool:
-    """Ignores quotation marks around the phrase."""
+    """The text ends with the phrase; quotation marks around it are ignored."""
     return text.strip().strip('"').rstrip().lower().endswith(end_phrase.strip().strip('"').lower())
 
 
@@ -113,7 +113,7 @@ def compare(count: int, relation: str, target: int | float) -> bool:
 
 
 def keywords_exist(text: str, *, keywords: list[str]) -> bool:
-    """In any case."""
+    """Every keyword occurs, in upper or lower case."""
     return all(keyword.casefold() in text.casefold() for keyword in keywords)
 
 
@@ -122,19 +122,19 @@ def keyword_frequency(text: str, *, keyword: str, frequency: float, relation: st
 
 
 def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
-    """None occurs as a whole word, in any case."""
+    """None of the words occurs as a whole word, in upper or lower case."""
     return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
 
 
 def letter_frequency(text: str, *, letter: str, let_frequency: float, let_relation: str) -> bool:
-    """A letter or sign, in either case."""
+    """How often a letter or sign occurs, in upper or lower case."""
     if len(letter) != 1:
         raise ValueError(f"letter must be one sign, not {letter!r}")
     return compare(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
 def response_language(text: str, *, language: str) -> bool:
-    """ISO 639-1 code."""
+    """The language, given by its ISO 639-1 code."""
     return bool(text.strip()) and language_of(text) == language.split("-")[0].lower()
 
 
@@ -148,14 +148,14 @@ def number_of_words(text: str, *, num_words: float, relation: str) -> bool:
 
 
 def number_of_paragraphs(text: str, *, num_paragraphs: float) -> bool:
-    """Exactly this many paragraphs, divided by `***`; no empty one in the middle."""
+    """Exactly this many paragraphs, separated by `***`, with no empty one in the middle."""
     parts = [part.strip() for part in re.split(r"\*\*\*", text)]
     inner = parts[1:-1]
     return all(inner) and sum(bool(part) for part in parts) == num_paragraphs
 
 
 def nth_paragraph_first_word(text: str, *, num_paragraphs: float, nth_paragraph: float, first_word: str) -> bool:
-    """Exactly this many paragraphs, divided by empty lines; the n-th (from 1) starts with this word."""
+    """Exactly this many paragraphs, separated by empty lines; the n-th (from 1) starts with this word."""
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     number = int(nth_paragraph)
     if len(paragraphs) != num_paragraphs or not 1 <= number <= len(paragraphs):
@@ -182,7 +182,7 @@ def no_comma(text: str) -> bool:
 
 
 def count_sentences(text: str) -> int:
-    """Sentences end with . ! ? or their full-width forms, or an empty line; `Dr.` and initials end none."""
+    """Count sentences, ended by . ! ? or their full-width forms, or an empty line, but not by `Dr.` or initials."""
     count = start = 0
     for end in _SENTENCE_END.finditer(text):
         sentence = text[start : end.end()].strip()
@@ -194,7 +194,7 @@ def count_sentences(text: str) -> int:
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1; lower-cased, because the model knows mostly lower case."""
+    """Return the ISO 639-1 code; the text is lower-cased, because the model was mostly trained on lower case."""
     import py3langid
 
     label: str = py3langid.classify(text[:CHARACTERS_FOR_LANGUAGE].lower())[0]
@@ -253,11 +253,11 @@ class Instructions(TextRule):
         id_column: str = "instruction_id_list"
         """Column with the list of a prompt's constraints."""
         kwargs_column: str = "kwargs"
-        """Column with the list of their arguments, one object each (nulls are left out)."""
+        """Column with the list of their arguments, one object each (nulls are ignored)."""
         always: tuple[Instruction, ...] = ()
-        """Constraints on every response, besides those in the columns, which may then be missing."""
+        """Constraints on every response, in addition to those in the columns, which may then be missing."""
         grade: Literal["all", "share"] = "all"
-        """all: 1 if every constraint is followed, else 0; share: the share that is."""
+        """all: 1 if every constraint is followed, else 0; share: the share of constraints followed."""
         loose: bool = False
         """Also try the text without its first line, its last line, both, and without asterisks (IFEval's loose
         accuracy)."""

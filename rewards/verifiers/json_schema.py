@@ -1,4 +1,4 @@
-"""`reward=json_schema`: 1 if the response is JSON that its schema allows, else 0."""
+"""`reward=json_schema`: 1 if the response is JSON that matches its schema, else 0."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 
 
 class JsonSchema(TextRule):
-    """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
+    """Reads the whole response as JSON, or else its last fenced block, and checks it against a schema.
 
-    References are never resolved over the network. A response that is nested too deeply to be read, or on which a
-    pattern of the schema runs past the deadline, scores 0.
+    References are never resolved over the network. A response scores 0 if it is nested too deeply to be read, or if a
+    pattern of the schema runs past the deadline on it.
     """
 
     class Config(TextRuleConfig):
         schema_column: str = "json_schema"
-        """Column with a prompt's JSON schema (an object or its text); not read with a `schema_file`."""
+        """Column with a prompt's JSON schema (an object or its text); not used with a `schema_file`."""
         schema_file: Path | None = None
         """File with one JSON schema for all prompts, instead of the column."""
 
@@ -87,9 +87,9 @@ class JsonSchema(TextRule):
 
 
 def read_json(text: str) -> tuple[Any] | None:
-    """The JSON value of the text or of its last fenced block; in a tuple, because it may be None.
+    """Return the JSON value of the text or of its last fenced block; in a tuple, because it may be None.
 
-    NaN, Infinity and repeated names are no JSON. Raise RecursionError for deep nesting.
+    NaN, Infinity and repeated names are not JSON. Raise RecursionError for deep nesting.
     """
     for candidate in (text, last_fenced_block(text)):
         if candidate is not None and candidate.strip():
@@ -101,7 +101,7 @@ def read_json(text: str) -> tuple[Any] | None:
 
 
 def last_fenced_block(text: str) -> str | None:
-    """Content of the last closed ``` block marked as JSON or not marked."""
+    """Return the content of the last closed ``` block that is marked as JSON or not marked."""
     fences = list(_FENCE.finditer(text))
     blocks = []
     opened: re.Match[str] | None = None
@@ -149,7 +149,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Raise TypeError for what is no JSON type."""
+    """Convert to plain JSON types; raise TypeError for any other type."""
     return value.tolist() if hasattr(value, "tolist") else dict(value)
 
 

@@ -21,19 +21,20 @@ _GOLD = "{answer}"
 
 
 class ExactMatch(TextRule):
-    """1 if the answer is a gold text, white space aside."""
+    """1 if the answer equals a gold text, apart from white space."""
 
     class Config(TextRuleConfig):
         answer_in: AnswerIn = "final_answer"
-        """final_answer: after `####`, `answer is`, `A:`, or boxed; answer_tag: in the last <answer>; response: all."""
+        """Where the answer is. final_answer: marked by `####`, `answer is`, `A:` or a box; answer_tag: in the last
+        <answer> tag; response: the whole response."""
         gold: Literal["answer", "references"] = "answer"
-        """references: any of the prompt's reference texts may match."""
+        """answer: compare with the gold answer; references: any of the prompt's reference texts may match."""
         ignore_case: bool = False
-        """Compare without case."""
+        """Ignore upper and lower case."""
         ignore_punctuation: bool = False
         """Ignore ASCII punctuation on both sides."""
         ignore_articles: bool = False
-        """Ignore `a`, `an`, `the` in lower case (with the two above: as SQuAD compares)."""
+        """Ignore `a`, `an`, `the` in lower case (together with the two options above: SQuAD's comparison)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -66,17 +67,17 @@ class ExactMatch(TextRule):
 
 
 class RegexMatch(TextRule):
-    """1 if a pattern of Python's `re` fits; one that runs past the deadline does not."""
+    """1 if a pattern of Python's `re` matches; one that runs past the deadline counts as no match."""
 
     class Config(TextRuleConfig):
         pattern: str | None = None
-        """`{answer}` in it is replaced by the gold answer, literally; flags go in front: `(?is)`."""
+        """The pattern. `{answer}` in it is replaced by the gold answer, literally; flags go first: `(?is)`."""
         pattern_column: str | None = None
         """Column with a pattern for each prompt, instead of `pattern`."""
         answer_in: AnswerIn = "response"
         """Where to look: the whole response, its final answer (`####`, a box, ...) or its last <answer> tag."""
         whole: bool = False
-        """The pattern must fit all of it."""
+        """The pattern must match all of that text."""
 
         @model_validator(mode="after")
         def _one_source(self) -> RegexMatch.Config:
@@ -128,7 +129,7 @@ class RegexMatch(TextRule):
 
     @classmethod
     def worst(cls, config: Any, task: Any) -> Score:
-        """A pattern may fit an empty text."""
+        """Return 0; an empty text is not judged, because a pattern may match it."""
         return Score(0.0, components={"correct": 0.0, "format": 0.0})
 
 
@@ -165,11 +166,11 @@ class TagFormat(TextRule):
         tags: Annotated[tuple[TagName, ...], Field(min_length=1)] = ("think", "answer")
         """Names of the tags, in order."""
         grade: Literal["layout", "tag_count"] = "layout"
-        """layout: 1 or 0; tag_count: share of opening and closing tags that occur exactly once."""
+        """layout: 1 if the layout is right, else 0; tag_count: share of opening and closing tags that occur once."""
         text_outside: bool = False
         """Allow text before, between and after the tags."""
         empty_tags: bool = False
-        """Allow tags with only white space in them."""
+        """Allow tags that contain only white space."""
         opened_by_prompt: bool = False
         """The chat template wrote the first opening tag, so the response starts inside it."""
 

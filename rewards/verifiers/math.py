@@ -1,7 +1,7 @@
 """`reward=math` (and `rule`, `gsm8k`): 1 if the final answer of a response equals the gold answer, else 0.
 
-Numbers, units, percentages and texts are compared here, expressions by math-verify in processes that are killed when
-they hang.
+Numbers, units, percentages and texts are compared here. Expressions are compared by math-verify, in processes that are
+killed if they hang.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
 
 LOOKED_AT = 500
-"""Gold answers of a run's data that are looked at before it starts."""
+"""How many gold answers of a run's data are checked before it starts."""
 PROSE_SHARE = 0.05
-"""From which share on prose among them is said."""
+"""Warn if at least this share of them is prose."""
 
 
 def _prepare() -> None:
     die_with_parent()
-    # math-verify warns that its own time-outs are off: they are, on purpose.
+    # math-verify warns that its own time-outs are off, which is intended.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     prepare()  # or the first pair would wait for it
     limit_memory()
@@ -67,9 +67,9 @@ class Verifier:
             raise VerifierError(f"math-verify does not work in its processes: expected {probes}, got {verdicts}")
 
     def verdicts(self, pairs: Iterable[Pair], budget_seconds: float) -> dict[Pair, str]:
-        """Per (answer, gold) `right`, `wrong`, `wrong: WHY`, or why there is no verdict (`timeout: ...`, `crash: ...`).
+        """Map (answer, gold) to `right`, `wrong`, `wrong: WHY`, or why there is none (`timeout: ...`, `crash: ...`).
 
-        Takes about `budget_seconds` at most; pairs not reached by then are `timeout: ...`.
+        Takes at most about `budget_seconds`; pairs not reached by then are `timeout: ...`.
         """
         deadline = time.monotonic() + budget_seconds
         known: dict[Pair, str] = {}
@@ -106,7 +106,7 @@ class Verifier:
         return dict(zip(pairs, results, strict=True))
 
     def _judge_fairly(self, pairs: Sequence[Pair], deadline: float) -> dict[Pair, str]:
-        """An answer that hangs or kills its process is wrong, if its gold answer can be judged with another."""
+        """Judge pairs; an answer that hangs or kills its process is wrong if its gold answer works with another one."""
         judged = self._judge(pairs, deadline, self._item_timeout)
         failures = {pair: result for pair, result in judged.items() if isinstance(result, Failed)}
         doubtful = dict.fromkeys(gold for (_, gold), failed in failures.items() if failed.by_its_item)
@@ -122,21 +122,21 @@ class Verifier:
 class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
-    A response without an answer scores 0, and so does one whose answer takes too much work to evaluate. Invalid, with
-    the reason, are only those whose gold answer is missing or cannot be read, or that the processes did not reach.
+    A response without an answer scores 0, and so does one whose answer takes too much work to evaluate. A response is
+    invalid, with the reason, only if its gold answer is missing or unreadable, or if the processes did not reach it.
     """
 
     class Config(TextRuleConfig):
         format_weight: float = Field(default=0.0, ge=0)
-        """Added to the value of a response that marks its final answer, right or wrong."""
+        """Added to the value of a response that marks its final answer, whether right or wrong."""
         accept_last_number: bool = False
-        """Take the last number of a response that marks no answer."""
+        """Use the last number of a response that marks no answer."""
         markers: Annotated[tuple[Marker, ...], Field(min_length=1)] = MARKERS
         """What may mark the final answer; the last one counts."""
         strip_units: bool = False
-        """Read bare letters as units, too, where only one side has one: `12 m^2` is 12. (Other units always are.)"""
+        """Also read bare letters as units if only one side has one: `12 m^2` equals 12. (Other units always are.)"""
         cache_size: int = Field(default=65536, ge=1)
-        """Verdicts remembered; the least recently used are dropped first."""
+        """Number of verdicts cached; the least recently used are dropped first."""
 
     _verifier: Verifier | None = None
 
@@ -146,7 +146,7 @@ class MathReward(Reward):
 
     @classmethod
     def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
-        """Gold answers that are prose."""
+        """Warn about gold answers that are prose."""
         some = prompts[:: max(1, len(prompts) // LOOKED_AT)]
         golds = [(prompt, gold_final(prompt.answer).quantity) for prompt in some if prompt.answer is not None]
         prose = [(prompt, gold) for prompt, gold in golds if is_prose(gold)]
@@ -175,7 +175,7 @@ class MathReward(Reward):
         return [GroupScores(tuple(next(scores) for _ in group.samples)) for group in groups]
 
     def judge(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
-        """One score per (response, gold answer)."""
+        """Return one score per (response, gold answer)."""
         finals = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
         read = {answer: gold_final(answer).quantity for answer in set(answers) if answer is not None}
         golds = [None if answer is None else read[answer] for answer in answers]
@@ -184,7 +184,7 @@ class MathReward(Reward):
             for answer, gold in zip(finals, golds, strict=True)
             if answer is not None and gold and len(answer.text) <= MAX_ANSWER_CHARACTERS
         ]
-        # A fifth of the call's deadline is kept for everything else, so that the verifier gives up before it is killed.
+        # Keep a fifth of the call's deadline for everything else, so that the verifier gives up before it is killed.
         verdicts = self._open_verifier().verdicts(pairs, budget_seconds=0.8 * self.config.timeout_seconds)
         return [self._score(answer, gold, verdicts) for answer, gold in zip(finals, golds, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Numbers as people and LaTeX write them, read exactly."""
+"""Reads numbers exactly, as people and LaTeX write them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NUMBER = rf"[-+]?(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z
 """`-1,234.50`, `10 000`, `.5`, `6.02e23`."""
 PLAIN_NUMBER = re.compile(NUMBER)
 LARGEST_EXPONENT = 1000
-"""Of a power of ten that is read here."""
+"""Largest exponent of a power of ten that is read here."""
 SIGNIFICANT_DIGITS = 5
-"""That a decimal must share with the exact value it stands for."""
+"""How many significant digits a decimal must share with the exact value that it approximates."""
 
 _SEPARATORS = str.maketrans("", "", ", \u00a0\u2009\u202f")
 _POINTS_AND_COMMA = re.compile(r"([-+]?\d{1,3})((?:[. ]\d{3})+),(\d+)")
@@ -42,20 +42,20 @@ _RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 
 
 def plain_decimal(text: str) -> Decimal | None:
-    """Exact value of `-1,234.50`, `10 000`, `1e3`; None for other forms."""
+    """Return the exact value of `-1,234.50`, `10 000`, `1e3`; None for other forms."""
     if PLAIN_NUMBER.fullmatch(text) is None:
         return None
     return Decimal(text.translate(_SEPARATORS))
 
 
 def compare_plain(answer: str, gold: str) -> bool | None:
-    """Whether plain decimal numbers are equal, exactly; None if one is not plain."""
+    """Whether two plain decimal numbers are exactly equal; None if one is not plain."""
     left, right = plain_decimal(answer), plain_decimal(gold)
     return None if left is None or right is None else left == right
 
 
 def canonical(text: str) -> str:
-    """A number in its shortest plain form (`1.8 million` is 1800000, `1 1/2` is 3/2); other text as it is."""
+    """Return a number in its shortest plain form (`1.8 million` is 1800000, `1 1/2` is 3/2); other text unchanged."""
     number = plain_decimal(text)
     if number is None:
         number = _written_number(text)
@@ -69,7 +69,7 @@ def canonical(text: str) -> str:
 
 
 def rational(text: str) -> Fraction | None:
-    r"""Exact value of a plain number, `3/4`, `\frac{3}{4}`, `2\frac{1}{3}`; None for other forms."""
+    r"""Return the exact value of a plain number, `3/4`, `\frac{3}{4}`, `2\frac{1}{3}`; None for other forms."""
     number = plain_decimal(text)
     if number is not None:
         return Fraction(number) if abs(number.adjusted()) < LARGEST_EXPONENT else None
@@ -86,7 +86,7 @@ def rational(text: str) -> Fraction | None:
 
 
 def approximates(decimal: Decimal, exact: Fraction) -> bool:
-    """Whether `decimal` is the exact value rounded or cut at its last place, with SIGNIFICANT_DIGITS or more."""
+    """Whether `decimal` is the exact value rounded or truncated at its last digit, with SIGNIFICANT_DIGITS or more."""
     shortest = decimal.normalize()
     places = -int(shortest.as_tuple().exponent)
     if places <= 0 or len(shortest.as_tuple().digits) < SIGNIFICANT_DIGITS:
@@ -96,7 +96,7 @@ def approximates(decimal: Decimal, exact: Fraction) -> bool:
 
 
 def decimal_comma(text: str) -> Decimal | None:
-    """`3,14` as a decimal; None if it has another form or groups thousands (`1,234`; `0,111` does not)."""
+    """Read `3,14` as a decimal; None for another form or grouped thousands (`1,234`, but not `0,111`)."""
     match = _DECIMAL_COMMA.fullmatch(text)
     if match is None or _THOUSANDS.fullmatch(text):
         return None
@@ -104,7 +104,7 @@ def decimal_comma(text: str) -> Decimal | None:
 
 
 def raised(text: str) -> str:
-    """`10²³` as `10^{23}`."""
+    """Rewrite `10²³` as `10^{23}`."""
     return _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
 
 

@@ -1,4 +1,4 @@
-"""Judging untrusted text in processes that are replaced when they hang, grow or die."""
+"""Judges untrusted text in processes that are replaced when they hang, grow or die."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 def limit_memory() -> None:
-    """Allow `MEMORY_BYTES` beyond the present size, and no core dump."""
+    """Limit this process to its present size plus `MEMORY_BYTES`, and forbid core dumps."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -55,15 +55,15 @@ class Failed:
 
     @property
     def by_its_item(self) -> bool:
-        """The item hung or killed a process of its own; other failures are the machine's."""
+        """Whether the item itself hung or killed the process; other failures are the machine's."""
         return self.reason.startswith((_NO_VERDICT, _ENDED))
 
 
 class Processes:
     """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of the
-    first pool in this process).
+    `prepare(*prepare_arguments)` runs in each process before any deadline starts. The fork server imports `preload`
+    once (that of the first pool in this process).
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> list[Result | Failed]:
-        """`function` on all items, in order, until `deadline` (of `time.monotonic`).
+        """Apply `function` to all items, in order, until `deadline` (of `time.monotonic`).
 
-        Items of a failed batch are retried one by one.
+        The items of a failed batch are retried one by one.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -142,11 +142,11 @@ class Processes:
         if self._pool is not None and not self._pool.active:
             self.close()
         if self._pool is None:
-            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports it all again.
+            # forkserver: a fork of the caller would copy its threads' locks, and a spawned child imports all again.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(self._preload)
             if "RLKIT_RUN_TOKEN" in os.environ:
-                # Ray kills Python's tracker of semaphores with this process; by their name the janitor finds them.
+                # Ray kills Python's semaphore tracker together with this process; the janitor finds them by name.
                 config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
                 config["semprefix"] = f"/rlkit-{os.environ['RLKIT_RUN_TOKEN']}"
             self._pool = ProcessPool(
@@ -164,25 +164,26 @@ def _final(batch: range, reason: str) -> bool:
 
 class TextRuleConfig(RewardConfig):
     item_timeout_seconds: Deadline = 5.0
-    """Deadline of one verdict; after it the process is replaced. The response is at fault if others can be judged."""
+    """Deadline of one verdict. When it passes, the process is replaced; if other responses can be judged, this one is
+    at fault."""
     processes: int = Field(default=1, ge=1)
-    """Verifier processes of one worker."""
+    """Verifier processes per worker."""
 
 
 class CannotJudgeError(Exception):
-    """The prompt lacks what the rule needs, or it is unusable: `class: details`."""
+    """The prompt lacks something that the rule needs, or it is unusable: `class: details`."""
 
 
 class TextRule(Reward):
-    """Judges a response by its text and its prompt alone.
+    """Judges a response only by its text and its prompt.
 
-    A text at which `judge` hangs, dies or raises gets the score of an empty one (`worst`), if that can be judged: no
-    policy escapes a verdict by what it writes. If not, the sample is invalid.
+    A text on which `judge` hangs, dies or raises gets the score of an empty one (`worst`) if that can be judged, so
+    that a policy cannot avoid a verdict by what it writes. If not, the sample is invalid.
     """
 
     Config = TextRuleConfig
     imports: ClassVar[tuple[str, ...]] = ()
-    """Modules that the processes import before any deadline, besides the rule's own."""
+    """Modules that the processes import before any deadline starts, in addition to the rule's own."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -194,7 +195,7 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """Plain data for `judge`. Raise CannotJudgeError."""
+        """Return plain data for `judge`. Raise CannotJudgeError."""
 
     @staticmethod
     @abstractmethod
@@ -233,7 +234,7 @@ class TextRule(Reward):
     def _judge_all(self, items: Sequence[tuple[Any, str]]) -> list[Score]:
         if not items:
             return []
-        # A fifth of the call's deadline is kept for everything else, so that the processes give up before it is over.
+        # Keep a fifth of the call's deadline for everything else, so that the processes give up before it passes.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
         function = partial(_judge_texts, type(self), self.config)
         results = self._open().map(function, items, deadline, self.config.item_timeout_seconds)
@@ -257,7 +258,7 @@ class TextRule(Reward):
 
 
 def excerpt(text: str) -> str:
-    """Quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
+    """Return the text quoted, with the middle cut out if it is longer than MAX_TRACE_CHARACTERS."""
     if len(text) > MAX_TRACE_CHARACTERS:
         half = MAX_TRACE_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
@@ -265,7 +266,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """Parse JSON in texts. Raise CannotJudgeError if the column is missing."""
+    """Return a column's value; a text that looks like JSON is parsed. Raise CannotJudgeError if there is none."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")
@@ -297,7 +298,7 @@ def _judge_text(kind: type[TextRule], config: Any, task: Any, text: str) -> Scor
         return kind.judge(config, task, text)
     except CannotJudgeError as error:
         return Score.invalid(str(error))
-    except Exception as error:  # whatever a parser does on model-written text is this sample's verdict, not a crash
+    except Exception as error:  # a parser's failure on model-written text is this sample's verdict, not a crash
         return _worst(kind, config, task, f"exception: {type(error).__name__}: {str(error)[:200]}")
 
 
@@ -308,5 +309,5 @@ def _judge_worst(kind: type[TextRule], config: Any, items: Sequence[tuple[Any, s
 def _worst(kind: type[TextRule], config: Any, task: Any, reason: str) -> Score:
     try:
         return replace(kind.worst(config, task), trace=f"cannot be judged ({reason}), so judged as an empty response")
-    except Exception:  # so it is not this text's fault
+    except Exception:  # so this text is not at fault
         return Score.invalid(reason)

@@ -1,4 +1,4 @@
-"""`reward=reasoning_gym`: a data set of reasoning-gym judges the answers to its questions."""
+"""`reward=reasoning_gym`: each reasoning-gym data set judges the answers to its own questions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ReasoningGymReward(TextRule):
 
     class Config(TextRuleConfig):
         answer_in: AnswerIn = "answer_tag"
-        """answer_tag: in the last <answer>, as data.instructions ask; final_answer: after `####`, `answer is`, or
-        boxed; response: all."""
+        """Where the answer is. answer_tag: in the last <answer> tag, as data.instructions asks; final_answer: marked by
+        `####`, `answer is` or a box; response: the whole response."""
 
     imports = ("reasoning_gym",)
 

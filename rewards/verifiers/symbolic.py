@@ -1,4 +1,4 @@
-"""Expressions compared by math-verify, within limits of work that no answer can exceed."""
+"""Compares expressions by math-verify, with limits on the work that an answer can cause."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 from rewards.verifiers.numerals import SIGNIFICANT_DIGITS, approximates, raised
 
 MAX_DIGITS = 20_000
-"""Of a number that a power or factorial may stand for."""
+"""Most digits of the value of a power or factorial."""
 MAX_NESTING = 24
 MAX_EXPONENT = 100_000
-"""Of anything."""
+"""Largest exponent, and most terms of a sum or product."""
 CPU_SECONDS = 2.0
-"""Processor time of one pair; not elapsed time, so that a busy machine changes no verdict."""
+"""CPU time for one pair; not wall-clock time, so that a busy machine changes no verdict."""
 RELATIVE_TOLERANCE = 1e-12
-"""Between expressions with decimals in them: the rounding of their floats."""
+"""Tolerance between expressions with decimals, for the rounding of their floats."""
 
 _SYMBOLS = {
     "×": "\\times ", "·": "\\cdot ", "÷": "/", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∞": "\\infty ", "π": "\\pi ",
@@ -38,7 +38,7 @@ _ROOT_IN_WORDS = re.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\}
 _PI_IN_WORDS = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _FUNCTION_IN_WORDS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln)(?=\s*[({\d])")
 _ARITHMETIC = re.compile(r"[\d\s.,+\-*/^()×÷%]+")
-_BARE_PERCENT = re.compile(r"(?<!\\)%")  # starts a comment
+_BARE_PERCENT = re.compile(r"(?<!\\)%")  # starts a comment in LaTeX
 _DOUBLE_STAR = re.compile(r"\*\*")
 
 _WHOLE = r"\d{1,400}"
@@ -58,16 +58,16 @@ class _TooMuchWorkError(Exception): ...
 
 
 class _OutOfTimeError(BaseException):
-    """No Exception: sympy catches those and goes on."""
+    """Not an Exception, because sympy catches those and continues."""
 
 
 def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Per (answer, gold) `right`, `wrong`, `wrong: WHY` (the answer cannot be evaluated) or `gold_unparsable`."""
+    """Return per (answer, gold) `right`, `wrong`, `wrong: WHY` (it cannot be evaluated) or `gold_unparsable`."""
     return [_verify(answer, gold) for answer, gold in pairs]
 
 
 def over_limits(text: str) -> str:
-    """Why evaluating a text would take too much work; empty if it would not.
+    """Return why evaluating a text would take too much work; empty if it would not.
 
     Powers, factorials and binomials of whole numbers are estimated from the inside out, without computing them.
     """
@@ -133,26 +133,26 @@ def _verify(answer: str, gold: str) -> str:
         return "gold_unparsable"
     try:
         with _processor_time():
-            # The time-outs of math-verify are signals of elapsed time; _processor_time replaces them.
+            # math-verify's own time-outs measure wall-clock time, by signals; _processor_time replaces them.
             right = verify(
                 parsed_gold, _parse(answer), allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
             )
     except _OutOfTimeError as error:
         return f"wrong: {error}"
-    except Exception as error:  # the gold answer is fine, so this is the answer's fault
+    except Exception as error:  # the gold answer is fine, so the answer is at fault
         return f"wrong: {type(error).__name__}: {str(error)[:100]}"
     return "right" if right else "wrong"
 
 
 @lru_cache(maxsize=4096)
 def _parse_gold(gold: str) -> list[object]:
-    """Empty: not even equal to itself, whatever sympy does with it."""
+    """Parse the gold answer; empty if it does not even equal itself, whatever sympy does with it."""
     from math_verify import verify
 
     try:
         with _processor_time():
             parsed = _parse(gold)
-            verify(parsed, parsed, timeout_seconds=None, raise_on_error=True)  # fails for a division by zero
+            verify(parsed, parsed, timeout_seconds=None, raise_on_error=True)  # fails on a division by zero
     except (Exception, _OutOfTimeError):
         return []
     return parsed
@@ -160,15 +160,15 @@ def _parse_gold(gold: str) -> list[object]:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """Empty: no expression."""
+    """Parse the answer; empty if it is not an expression."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    # Units were compared before: math-verify takes `ab` and `h` for some and drops them.
+    # Units have been compared already; math-verify would drop `ab` and `h`, which it takes for units.
     normal = replace(LatexExtractionConfig().normalization_config, units=False)
     latex_target = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)
     targets = [latex_target, ExprExtractionConfig()]
     texts = [f"\\boxed{{{_as_latex(answer)}}}"]
-    if _ARITHMETIC.fullmatch(answer):  # in other texts it would look for a number
+    if _ARITHMETIC.fullmatch(answer):  # in other texts, it would search for a number
         texts.append(answer)
     for text in texts:
         parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
@@ -186,7 +186,7 @@ def _as_latex(text: str) -> str:
 
 @contextmanager
 def _processor_time() -> Iterator[None]:
-    """Raise _OutOfTimeError in the block after CPU_SECONDS; only in a main thread, as the verifier processes have."""
+    """Raise _OutOfTimeError in the block after CPU_SECONDS. Works only in a main thread, as in verifier processes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -205,8 +205,8 @@ def _processor_time() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def prepare() -> None:
-    """Make math-verify compare relatively: it rounds to 6 places (1e-9 is 2e-9 to it) and takes tiny differences for
-    none. Then let it build its LaTeX grammar, which takes seconds that belong to no pair."""
+    """Make math-verify compare with a relative tolerance: it rounds to 6 places (1e-9 equals 2e-9) and ignores tiny
+    differences. Then let it build its LaTeX grammar, so that the seconds this takes are not charged to a pair."""
     from math_verify import grader, verify
 
     grader.sympy_numeric_eq = _numerically_equal
@@ -250,7 +250,7 @@ def _without_percent(expression: Any) -> Any:
 
 
 def _evaluated(expression: Any) -> Any:
-    """To 40 digits; None if it is no number."""
+    """Evaluate to 40 digits; None if the result is not a number."""
     try:
         value = expression.doit().evalf(40)
     except (AttributeError, TypeError, ValueError):

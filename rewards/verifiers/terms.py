@@ -1,4 +1,4 @@
-"""`reward=length`, `group_length` and `repetition`: terms to combine with others."""
+"""`reward=length`, `group_length` and `repetition`: terms to combine with other rewards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenReward(Reward):
 
 
 class Length(TokenReward):
-    """1 for a response of `min_tokens` to `max_tokens`; falls to 0 over `slope_tokens` on either side.
+    """1 for a response of `min_tokens` to `max_tokens`; the value falls to 0 over `slope_tokens` on either side.
 
     value = clip(1 - (tokens outside) / slope_tokens, 0, 1).
     """
@@ -30,7 +30,7 @@ class Length(TokenReward):
         max_tokens: int | None = Field(default=None, ge=1)
         """Longer responses lose value; null: no upper bound."""
         slope_tokens: int = Field(default=128, ge=1)
-        """Tokens outside the bounds over which the value falls from 1 to 0."""
+        """Number of tokens outside the bounds over which the value falls from 1 to 0."""
 
         @model_validator(mode="after")
         def _some_bound(self) -> Length.Config:
@@ -55,7 +55,7 @@ class Length(TokenReward):
 class GroupLength(TokenReward):
     """The shortest response of a group gets 1, the longest 0, others in between (Kimi k1.5, arXiv 2501.12599).
 
-    value = 1 - (tokens - shortest) / (longest - shortest), the paper's plus 0.5; 0.5 for all of equal length.
+    value = 1 - (tokens - shortest) / (longest - shortest), which is the paper's plus 0.5; 0.5 if all have equal length.
     """
 
     @classmethod
@@ -85,7 +85,7 @@ class Repetition(TokenReward):
 
     class Config(RewardConfig):
         ngram_tokens: int = Field(default=8, ge=1)
-        """Short ones also count ordinary phrases; a shorter response gets 1."""
+        """Length of the n-grams. Short n-grams also count ordinary phrases; a response shorter than this gets 1."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         said = [[sample.token_ids[sample.trained].tolist() for sample in group.samples] for group in groups]
@@ -99,6 +99,6 @@ class Repetition(TokenReward):
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
-    """Numbers of all and of the repeated ones."""
+    """Return the numbers of all n-grams and of repeated ones."""
     total = max(0, len(tokens) - size + 1)
     return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

@@ -1,4 +1,4 @@
-"""`reward=tool_call`: how well a response's tool calls match gold ones, as in ToolRL (arXiv 2504.13958)."""
+"""`reward=tool_call`: how well a response's tool calls match the gold calls, as in ToolRL (arXiv 2504.13958)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Assignment = Literal["optimal", "greedy"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """Arguments are canonical JSON (1 is 1.0 and not true)."""
+    """A tool call; its arguments are canonical JSON (1 equals 1.0 but not true)."""
 
     name: str
     arguments: Mapping[str, str]
 
 
 def read_call(value: Any) -> ToolCall:
-    """From `{name, parameters}` or `{name, arguments}`, also below `function` (OpenAI). Raise ValueError otherwise."""
+    """Read `{name, parameters}` or `{name, arguments}`, also below `function` (OpenAI). Raise ValueError otherwise."""
     if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
         value = value["function"]
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -42,12 +42,12 @@ def read_call(value: Any) -> ToolCall:
 
 
 def canonical(value: Any) -> str:
-    """Equal for values equal as JSON. Raise ValueError for NaN and infinities."""
+    """Return a text that is equal for values equal as JSON. Raise ValueError for NaN and infinities."""
     return json.dumps(_integral(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def similarity(gold: Sequence[str], predicted: Sequence[str]) -> float:
-    """Multiset overlap / union; 1 for equal lists, also empty ones."""
+    """Multiset intersection / union; 1 for equal lists, including empty ones."""
     if list(gold) == list(predicted):
         return 1.0
     common = sum((Counter(gold) & Counter(predicted)).values())
@@ -56,7 +56,7 @@ def similarity(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
-    """Similarity of argument names plus the number of equal arguments; 0 for another tool."""
+    """Similarity of argument names plus the number of equal arguments; 0 for a different tool."""
     if gold.name != predicted.name:
         return 0.0
     equal = sum(predicted.arguments.get(key) == value for key, value in gold.arguments.items())
@@ -86,7 +86,7 @@ def best_assignment(scores: Sequence[Sequence[float]]) -> float:
     rows = len(scores)
     columns = (len(scores[0]) if rows else 0) + rows
     costs = [[-score for score in row] + [0.0] * rows for row in scores]
-    row_of = [-1] * (columns + 1)  # which row holds a column; the last is the row being assigned
+    row_of = [-1] * (columns + 1)  # the row that each column is assigned to; the last entry is the row being assigned
     row_price, column_price = [0.0] * rows, [0.0] * (columns + 1)
     for row in range(rows):
         row_of[columns] = row
@@ -148,27 +148,27 @@ class GoldCalls:
 class ToolCallMatch(TextRule):
     """value = format (0 to `format_scale`) + correctness (-`correctness_scale` to `correctness_scale`).
 
-    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale times
-    2 S / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable calls, 0
-    where the gold has no calls.
+    format: for the layout that the gold calls imply: <think>, <tool_call>, <response>, each once. correctness: its
+    scale times 2 S / S_max - 1, where S counts equal tool names, argument names and arguments; the minimum for
+    unreadable calls, 0 if there are no gold calls.
     """
 
     class Config(TextRuleConfig):
         tool_calls_column: str = "tool_calls"
         """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer with
-        <tool_call> and <response> tags; empty: no call is wanted."""
+        <tool_call> and <response> tags; empty: no call is expected."""
         correctness_scale: float = Field(default=3.0, ge=0)
-        """Correctness lies between minus this and this."""
+        """Correctness ranges from minus this to plus this."""
         format_scale: float = Field(default=1.0, ge=0)
         """Added for the right layout."""
         assignment: Assignment = "optimal"
-        """How predicted calls are paired with gold ones; greedy (in gold order) is the authors'."""
+        """How predicted calls are paired with gold ones; greedy (in gold order) is the authors' method."""
         all_or_nothing: bool = False
-        """Maximal correctness for exactly the gold calls, in order; minimal for all else."""
+        """Maximum correctness for exactly the gold calls, in order; the minimum for anything else."""
         think: bool = True
         """The layout starts with a <think> block."""
         many_blocks: bool = False
-        """Allow several <tool_call> blocks (as Hermes and Qwen templates write)."""
+        """Allow several <tool_call> blocks (as Hermes and Qwen templates write them)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -201,7 +201,7 @@ class ToolCallMatch(TextRule):
 
 
 def predicted_calls(text: str) -> tuple[ToolCall, ...]:
-    """The calls in all <tool_call> blocks after the thinking: a JSON object or list, or one object per line.
+    """Return the calls in all <tool_call> blocks after the thinking: a JSON object or list, or one object per line.
 
     Raise ValueError if there is no readable block.
     """
@@ -218,9 +218,9 @@ def predicted_calls(text: str) -> tuple[ToolCall, ...]:
 
 
 def has_layout(text: str, layout: tuple[str, ...], many_blocks: bool) -> bool:
-    """Whether the text is these tagged blocks, in order, each tag once and no other one of the three.
+    """Whether the text has exactly these tagged blocks, in order, each tag once and none of the three tags besides.
 
-    Without <response> in the layout, untagged text may follow <think> only if no call is wanted.
+    Without <response> in the layout, untagged text may follow <think> only if no call is expected.
     """
     rest = text.strip()
     for index, tag in enumerate(layout):

@@ -1,4 +1,4 @@
-"""Units of measure in answers: what they are, and what `6 km` and `6 m` have in common."""
+"""Reads units of measure in answers, and relates units of one dimension such as `6 km` and `6 m`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Dimension, unit in terms of the dimension's first, its names (plurals in -s are understood).
+# Dimension; unit in terms of the dimension's first unit; its names (plurals in -s are implied).
 _TABLE: tuple[tuple[str, str, str], ...] = (
     ("length", "1", "m meter metre mtr"),
     ("length", "1/1000000000", "nm nanometer nanometre"),
@@ -83,7 +83,7 @@ OPERATORS_IN_WORDS = frozenset(
     {"pi", "sqrt", "sin", "cos", "tan", "cot", "csc", "log", "ln", "exp", "mod", "times", "over", "plus", "minus",
      "hundred", "thousand", "million", "billion", "trillion", "infty", "infinity", "inf"}
 )  # fmt: skip
-"""They make another number of the one before them."""
+"""Words that turn the number before them into another one."""
 NO_UNITS = OPERATORS_IN_WORDS | {
     "or", "and", "not", "if", "for", "to", "than", "is", "are", "when", "where", "with", "but", "nor",
 }  # fmt: skip
@@ -95,17 +95,17 @@ class Unit:
     dimensions: tuple[tuple[str, int], ...]
     """Base dimension and its power, sorted; empty for a plain count."""
     factor: Fraction
-    """Of the base unit."""
+    """Size in base units."""
     noun: str = ""
-    """A word that is no unit of measure (`apples`), without its plural."""
+    """A word that is not a unit of measure (`apples`), in the singular."""
     letters: bool = False
     """Written as a bare letter, which could be a variable (`12 m`)."""
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    r"""The value and the unit of `12 m^2`, `5\text{ km/h}`, `\frac{1}{3} meters`; None if there is no unit.
+    r"""Return the value and the unit of `12 m^2`, `5\text{ km/h}`, `\frac{1}{3} meters`; None if there is no unit.
 
-    A bare letter right behind a digit is algebra (`3m`), and so are texts longer than MAX_CHARACTERS.
+    A bare letter directly after a digit is algebra (`3m`), and so is any text longer than MAX_CHARACTERS.
     """
     if len(text) > MAX_CHARACTERS or not _may_have_unit(text):
         return text, None
@@ -126,7 +126,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def read_unit(phrase: str) -> Unit | None:
-    """`square feet`, `km/h`, `miles per hour`, `degrees Celsius`, or a noun (`red apples`)."""
+    """Read `square feet`, `km/h`, `miles per hour`, `degrees Celsius`, or a noun (`red apples`)."""
     phrase = phrase.strip().rstrip(".").strip()
     unit, rest = leading_unit(phrase)
     if unit is not None and not rest.strip():
@@ -140,7 +140,7 @@ def read_unit(phrase: str) -> Unit | None:
 
 
 def leading_unit(text: str) -> tuple[Unit | None, str]:
-    """The unit of measure with which a text starts, and the rest of the text."""
+    """Return the unit of measure at the start of a text, and the rest of the text."""
     tokens = [(match[0], match.end()) for match in _TOKEN.finditer(text[:80])]
     position, dimensions, factor, end = 0, dict[str, int](), Fraction(1), 0
     sign, parts, bare = 1, 0, False

@@ -1,4 +1,4 @@
-"""Isolated execution of model-written code; inside the sandbox only `inside/` runs."""
+"""Isolated execution of model-written code; of this package, only `inside/` runs in the sandbox."""
 
 from rewards.services.sandbox.inside.wire import decode
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable

@@ -27,7 +27,7 @@ INNER_ID = 1000
 _NOBODY = 65534
 _TIMEOUT_SECONDS = 20.0
 
-# Python 3.11 has no os.unshare. 0 as limit: nobody inside makes further user namespaces, where he would be root.
+# Python 3.11 has no os.unshare. The limit 0 prevents code inside from making user namespaces, where it would be root.
 _CHILD = """
 import ctypes, os, sys
 if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
@@ -44,8 +44,8 @@ sys.stdin.readline()
 def make_user_namespace() -> int:
     """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
 
-    The kernel does not limit the processes of the machine's root, whatever its name in a namespace. Here the sandbox's
-    user is `nobody` outside, too.
+    The kernel does not limit the processes of the machine's root, whatever it is called in a namespace. With this
+    namespace, the sandbox's user is `nobody` outside it, too.
     """
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -60,7 +60,7 @@ def make_user_namespace() -> int:
         try:
             if child.stdout.readline() != "made\n":
                 raise Unavailable(f"no user namespace can be made: {child.stderr.read().strip()}")
-            # Root is needed to build the sandbox, nobody to run in it.
+            # Building the sandbox needs root; the code in it runs as nobody.
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{child.pid}/{name}").write_text(f"0 0 1\n{INNER_ID} {_NOBODY} 1\n")
             child.stdin.write("\n")
@@ -91,15 +91,15 @@ def is_root() -> bool:
 
 
 class Layout:
-    """Finds tools and interpreter, writes the inner programs into `folder`, builds command lines."""
+    """Finds the tools and the interpreter, writes the inner programs to `folder`, builds command lines."""
 
     def __init__(self, limits: Limits, python: str | None, folder: Path) -> None:
         """Raise Unavailable."""
         self._tools = {name: _tool(name) for name in _TOOLS if name != "setpriv" or is_root()}
         _refuse_old_bubblewrap(self._tools["bwrap"])
-        # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
+        # Not rlkit's own environment: code could read a lot there, and its Python starts more slowly.
         self._python = python or os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-        # Without `site` Python starts up to four times faster, and no hook of an installed package runs in the sandbox.
+        # Without `site`, Python starts up to four times faster, and no installed package's hook runs in the sandbox.
         self._options = ["-I", "-B", "-X", "utf8"] if python else ["-I", "-S", "-B", "-X", "utf8"]
         folders = _folders_of_python(self._python)
         _write_programs(folder, self._python)
@@ -109,7 +109,7 @@ class Layout:
             f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}",
             f"--as={limits.memory_mib * 2**20}",
             f"--fsize={limits.file_mib * 2**20}",
-            # bubblewrap's own process counts where it is the same user.
+            # bubblewrap's own process counts if it runs as the same user.
             f"--nproc={limits.processes + (0 if is_root() else 1)}",
             f"--nofile={_OPEN_FILES}",
             "--core=0",
@@ -117,14 +117,14 @@ class Layout:
         ]
 
     def arguments(self, namespace: int | None) -> list[str]:
-        """The command line up to the Python text. `namespace`: the user namespace of root's sandbox."""
+        """Return the command line up to the Python code. `namespace`: the user namespace if root runs the sandbox."""
         bwrap = self._tools["bwrap"]
         if namespace is None:
             users = ["--unshare-user", "--disable-userns", "--uid", str(INNER_ID), "--gid", str(INNER_ID)]
             change_user = []
         else:
             users = ["--userns", str(namespace), "--cap-drop", "ALL"]
-            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):  # given up again by setpriv
+            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):  # setpriv drops them again
                 users += ["--cap-add", capability]
             change_user = [self._tools["setpriv"], f"--reuid={INNER_ID}", f"--regid={INNER_ID}", "--clear-groups"]
             change_user += ["--bounding-set=-all", "--inh-caps=-all"]
@@ -142,7 +142,7 @@ def _view(python: Sequence[str], tools: dict[str, str], programs: Path, limits: 
         view += ["--setenv", name, value]
     parents = {str(parent): None for path in (*shown, INSIDE + "/x") for parent in reversed(Path(path).parents)}
     for parent in parents:
-        if parent != "/":  # bubblewrap would make them for root alone
+        if parent != "/":  # bubblewrap would make them accessible to root only
             view += ["--perms", "0755", "--dir", parent]
     for path in dict.fromkeys(shown):
         view += ["--ro-bind", path, path]
@@ -204,7 +204,7 @@ def _write_programs(folder: Path, python: str) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-# Tries what a sandbox must not allow, and prints what it could do.
+# Tries everything that a sandbox must not allow, and prints what succeeded.
 SELF_TEST = r"""
 import ctypes, json, os, socket, sys, time
 job = json.load(sys.stdin)
@@ -254,7 +254,7 @@ print(json.dumps(leaks))
 STARTUP_SECONDS = 30.0  # for a sandbox to be ready
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
-"""Results are written with their types, so they may exceed the output."""
+"""Results are written with their types, so they may be longer than the output."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -273,7 +273,7 @@ class Bubblewrap(Isolation):
         self._programs: ScratchFolder | None = None
 
     def start(self) -> None:
-        """Includes a self-test that tries to escape."""
+        """Start, and run a self-test that tries to escape."""
         self._programs = ScratchFolder("rlkit-sandbox-")
         try:
             self._layout = Layout(self._limits, self._python, self._programs.path)
@@ -362,7 +362,7 @@ class Bubblewrap(Isolation):
 
 
 def _outcome(done: Supervised) -> Run:
-    """Raise Unavailable if the code never ran, TimeoutError if the caller's deadline came first."""
+    """Return the result. Raise Unavailable if the code never ran, TimeoutError if the caller's deadline came first."""
     if done.ended == "deadline":
         raise TimeoutError("the time for this call ended before the code's own")
     for child in done.children:
@@ -374,7 +374,7 @@ def _outcome(done: Supervised) -> Run:
     ended: Literal["exit", "timeout", "output"] = "timeout" if done.ended == "startup" else done.ended
     if code.overflow:
         ended = "output"
-    elif _OUT_OF_CPU_TIME in (first.exit_code, code.exit_code):  # a test may loop as long as the code's value says
+    elif _OUT_OF_CPU_TIME in (first.exit_code, code.exit_code):  # the code's return value may make a test loop
         ended = "timeout"
     if done.ended == "exit" and (first.exit_code or 0) < 0:
         raise Unavailable(f"a sandbox was killed from outside (signal {-(first.exit_code or 0)})")

@@ -26,7 +26,7 @@ from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
 ANSWER_SECONDS = 15.0
-"""Added to the code's time, for creating a sandbox."""
+"""Added to the code's time limit, for creating a sandbox."""
 LONGEST_PAUSE = 20.0
 CONCURRENT = 100
 _SHOWN_CHARACTERS = 2000
@@ -44,14 +44,14 @@ class SandboxFusion(Isolation):
         self._files = _inner_files()
 
     def check(self) -> None:
-        """Check the options only: the service may not be up yet."""
+        """Check only the options: the service may not be up yet."""
         if not self._url.startswith(("http://", "https://")):
             raise Unavailable(f"url must start with http:// or https://, not {self._url!r}")
         if self._token_variable is not None and not os.environ.get(self._token_variable):
             raise Unavailable(f"the environment variable {self._token_variable} (token_variable) is not set")
 
     def start(self) -> None:
-        """Run a program and a test there; raise Unavailable."""
+        """Run a program and a test in the service; raise Unavailable if that fails."""
         self.check()
         limits = HttpLimits(
             attempts=self._max_tries,

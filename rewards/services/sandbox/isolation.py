@@ -12,7 +12,7 @@ Job = dict[str, Any]
 
 
 class Unavailable(UserError):
-    """The sandbox does not work; the message gives cause and remedy."""
+    """The sandbox does not work; the message gives the cause and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -22,41 +22,41 @@ class Limits:
     memory_mib: int
     """Address space of each process."""
     processes: int
-    """Processes and threads at a time."""
+    """Concurrent processes and threads."""
     file_mib: int
     """Size of each file, and of all files together."""
     output_kib: int
-    """What is read of standard output, and of standard error."""
+    """Limit on what is read from standard output, and from standard error."""
 
 
 @dataclass(frozen=True)
 class Run:
     ended: Literal["exit", "timeout", "output"]
-    """By itself or a crash; at the deadline or out of CPU time; for writing too much."""
+    """How it ended: by itself or by a crash; at the deadline or out of CPU time; for writing too much."""
     exit_code: int | None
-    """None if it was killed here or outlived by the tests that use it."""
+    """None if it was killed here, or if the tests that use it ended later."""
     stdout: bytes
     stderr: str
     results: tuple[Any, ...] = ()
-    """Messages of the inner process after the first (`ready`)."""
+    """Messages of the inner process after the first one (`ready`)."""
 
 
 class Isolation(ABC):
-    """Runs foreign code. All methods but start and close are thread-safe."""
+    """Runs untrusted code. All methods except start and close are thread-safe."""
 
     @abstractmethod
     def start(self) -> None:
-        """Prove that it runs code and isolates it; raise Unavailable."""
+        """Verify that it runs code and isolates it; raise Unavailable if not."""
 
     @abstractmethod
     def close(self) -> None:
-        """May be called twice, and without start."""
+        """Release everything; may be called twice, and without `start`."""
 
     @abstractmethod
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
         """Run a program. `deadline` is on `time.monotonic()`, as in all methods.
 
-        Raise Unavailable if it could not run, TimeoutError if `deadline` comes before the code's.
+        Raise Unavailable if it could not run, TimeoutError if `deadline` comes before the code's own deadline.
         """
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Isolation(ABC):
 
     @abstractmethod
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Run tests and their solution apart from each other; see `inside.tester.run_tests`."""
+        """Run tests and their solution in isolation from each other; see `inside.tester.run_tests`."""
 
     def check(self) -> None:
         self.start()

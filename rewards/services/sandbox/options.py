@@ -1,4 +1,4 @@
-"""What a user may set about sandboxes."""
+"""The user's options for sandboxes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class SandboxOptions(Section):
     """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There is
     no unisolated mode."""
     processes: int = Field(default=2, ge=1)
-    """Concurrent programs of one worker (for http, requests)."""
+    """Concurrent programs of one worker (with http: requests)."""
     wall_seconds: float = Field(default=10.0, gt=0)
-    """Deadline of one program: of all its assert statements or calls, or of each standard input."""
+    """Deadline of one program: for all its assert statements or calls together, or for each standard input."""
     cpu_seconds: int = Field(default=5, ge=1)
     """CPU time of each process of the program (bubblewrap)."""
     memory_mib: int = Field(default=1024, ge=64)
@@ -28,12 +28,12 @@ class SandboxOptions(Section):
     max_processes: int = Field(default=8, ge=1)
     """Concurrent processes and threads of a program (bubblewrap)."""
     file_mib: int = Field(default=16, ge=1)
-    """Size of all files that a program may write (bubblewrap)."""
+    """Total size of the files that a program may write (bubblewrap)."""
     output_kib: int = Field(default=1024, ge=1)
-    """A program that prints more is ended (bubblewrap)."""
+    """A program that prints more than this is ended (bubblewrap)."""
     python: str | None = None
-    """Python interpreter of the programs (bubblewrap), for example one with numpy; null: the base of rlkit's
-    environment, without packages."""
+    """Python interpreter of the programs (bubblewrap), for example one with numpy; null: the base interpreter of
+    rlkit's environment, without packages."""
     url: str | None = None
     """Address of the service (http), such as `http://127.0.0.1:8080`."""
     token_variable: str | None = None
@@ -44,7 +44,7 @@ class SandboxOptions(Section):
     @model_validator(mode="after")
     def _options_belong_to_the_isolation(self) -> Self:
         foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
-        # By value: a configuration that was written out names every field.
+        # Compare values, because a configuration that was written out names every field.
         fields = type(self).model_fields
         idle = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
         if idle:
@@ -54,7 +54,7 @@ class SandboxOptions(Section):
         return self
 
     def sandbox(self) -> Isolation:
-        """One that is not started yet."""
+        """Return a sandbox that is not started yet."""
         limits = Limits(
             wall_seconds=self.wall_seconds,
             cpu_seconds=self.cpu_seconds,

@@ -1,4 +1,4 @@
-"""Child processes with a deadline and limited output that leave nothing behind."""
+"""Runs child processes with a deadline and limited output, so that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlkit.cluster.janitor import TOKEN
 from rlkit.cluster.processes import kill_with_children
 
 KILL_SECONDS = 5.0
-"""How long the kernel may take to end a killed process and its namespace."""
+"""How long the kernel may take to end a killed process and its namespace, in seconds."""
 _CHUNK = 65536
 
 
 @dataclass(frozen=True)
 class Command:
     arguments: Callable[[int], list[str]]
-    """Of the file descriptor that results are written to."""
+    """Command line, as a function of the file descriptor that results are written to."""
     stdin: int
     descriptors: tuple[int, ...] = ()
 
@@ -40,8 +40,8 @@ class Child:
         return self.process.returncode
 
     def kill(self) -> None:
-        # bubblewrap's outer process, killed alone before the inner one has asked to die with it, leaves a sandbox that
-        # nobody ends. The inner one is the first of its namespace: all others end with it.
+        # If only bubblewrap's outer process were killed, before the inner one has asked to die with it, the sandbox
+        # would stay for ever. The inner one is the first of its namespace: all others end with it.
         kill_with_children(self.process, KILL_SECONDS)
 
 
@@ -61,11 +61,11 @@ def supervise(
     max_results: int,
     handed_over: Sequence[int] = (),
 ) -> Supervised:
-    """Run processes side by side until the first one ends, then kill the others.
+    """Run processes concurrently until the first command's process ends, then kill the others.
 
     The wall time starts when all have written `ready` to their results, within `startup_seconds`; `deadline`
-    (`time.monotonic()`) overrides both. A process that exceeds a stream's limit (bytes) is killed. `handed_over`
-    descriptors are closed once inherited. Raise OSError if a process cannot be started.
+    (`time.monotonic()`) overrides both. A process that exceeds a stream's limit (bytes) is killed. The descriptors in
+    `handed_over` are closed once inherited. Raise OSError if a process cannot be started.
     """
     children: list[Child] = []
     try:
@@ -94,8 +94,8 @@ def _start(command: Command, max_output: int, max_results: int) -> Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(write_end, *command.descriptors),
-            # bubblewrap's outer process asks to die with its parent, and then lets the inner one go on. Killed in
-            # between, it leaves one that waits for ever: a run's janitor ends what bears its token.
+            # bubblewrap's outer process asks to die with its parent and then lets the inner one continue. If it is
+            # killed in between, the inner one waits for ever; the run's janitor ends processes with its token.
             env={name: value for name, value in os.environ.items() if name == TOKEN},
         )
     except BaseException:
@@ -154,7 +154,7 @@ def _read(child: Child, name: str) -> bool:
 
 
 def _drain(child: Child) -> None:
-    """Read what an ended process left in its pipes; its namespace may still be closing them."""
+    """Read what an ended process left in its pipes, which its namespace may still be closing."""
     end = time.monotonic() + KILL_SECONDS
     with selectors.DefaultSelector() as selector:
         for name, descriptor in child.streams.items():

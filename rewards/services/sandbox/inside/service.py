@@ -17,8 +17,8 @@ _PR_SET_DUMPABLE = 4
 
 
 class Sealed:
-    """A stream of lines, each with a seal of its place and content: who reaches the service's pipe, but has not the
-    key, can neither add nor change or repeat one."""
+    """A stream of lines, each sealed with its position and content: code that reaches the service's pipe but does not
+    have the key cannot add, change or repeat a line."""
 
     def __init__(self, stream: BinaryIO, key: str) -> None:
         self._stream, self._key, self._count = stream, key, 0
@@ -32,7 +32,7 @@ class Sealed:
 
 
 def unsealed(printed: bytes, key: str) -> bytes:
-    """The lines that a `Sealed` wrote, among all that was printed."""
+    """Return the lines that a `Sealed` wrote, out of everything printed."""
     lines: list[bytes] = []
     for line in printed.splitlines(keepends=True):
         seal, _, content = line.partition(b" ")
@@ -46,7 +46,7 @@ def _seal(key: str, place: int, line: bytes) -> bytes:
 
 
 def serve() -> None:
-    """The first message is `ready`. Each is written at once: the service may end this process at any time."""
+    """Serve; the first message is `ready`. Messages are written at once: the service may end this process any time."""
     job: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as answer:
         null = os.open(os.devnull, os.O_RDWR)
@@ -66,8 +66,8 @@ def serve() -> None:
 
 
 def _close_to_others() -> None:
-    """Not dumpable: processes of the same user, like the solution's, can neither trace this one nor read its memory
-    and open files in /proc, unless the service gives its programs CAP_SYS_PTRACE."""
+    """Make this process not dumpable: processes of the same user, such as the solution, can neither trace it nor read
+    its memory and open files in /proc, unless the service gives its programs CAP_SYS_PTRACE."""
     if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError("this process cannot be closed to the solution's")
 

@@ -1,4 +1,4 @@
-"""The process of the model's code. Everything it says may be a lie, and is only data."""
+"""The process that runs the model's code. Everything it sends is untrusted and treated only as data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def load(code: str, setup: str) -> dict[str, Any]:
-    """Return the globals after setup and code, as a new module; raise whatever they raise.
+    """Run setup and code as a new module and return its globals; raise whatever they raise.
 
-    Code that does not compile alone may complete the setup: the body of a function whose head was the question.
+    Code that does not compile alone may complete the setup, as the body of a function whose head was the question.
     """
     module = type(sys)("solution")
     sys.modules["solution"] = module
@@ -26,7 +26,7 @@ def load(code: str, setup: str) -> dict[str, Any]:
         try:
             program, setup = compile(setup + code, "solution.py", "exec", dont_inherit=True), ""
         except SyntaxError:
-            program = compile(code, "solution.py", "exec", dont_inherit=True)  # its own error is the telling one
+            program = compile(code, "solution.py", "exec", dont_inherit=True)  # its own error is the informative one
     if setup:
         exec(compile(setup, "setup.py", "exec", dont_inherit=True), namespace)
     exec(program, namespace)
@@ -34,7 +34,7 @@ def load(code: str, setup: str) -> dict[str, Any]:
 
 
 def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
-    """The function, or the method of a new `Solution`; raise NameError without either."""
+    """Return the function, or the method of a new `Solution`; raise NameError if there is neither."""
     if name in namespace:
         return namespace[name]  # type: ignore[no-any-return]
     if "Solution" in namespace:
@@ -43,7 +43,7 @@ def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
 
 
 def describe(error: BaseException) -> list[str]:
-    """Name and text; the exception's `__str__` may fail."""
+    """Return an exception's name and text; its `__str__` may fail."""
     try:
         text = str(error)[:500]
     except BaseException as failure:

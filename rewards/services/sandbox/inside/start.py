@@ -1,32 +1,32 @@
-"""Entry points inside a sandbox: `start(role, *file descriptors)`. Each reports READY before foreign code runs."""
+"""Entry points inside a sandbox: `start(role, *file descriptors)`. Each reports READY before untrusted code runs."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# A sandbox starts for every run: what is not needed before foreign code runs is not imported, `typing` included.
+# A sandbox starts for every run, so import nothing that is not needed before untrusted code runs, not even `typing`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, BinaryIO
 
 READY = b'"ready"\n'
-"""First message of every process: the sandbox works."""
+"""First message of every process; it shows that the sandbox works."""
 
 
 def start(role: str, *descriptors: int) -> None:
-    """Run one role; jobs come on standard input, and sys.path[0] is the path to here."""
+    """Run one role; jobs come on standard input, and sys.path[0] is the folder of these files."""
     del sys.path[0]
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
-            file.write("1000")  # where memory ends, the kernel takes this process first
+            file.write("1000")  # if memory runs out, the kernel kills this process first
     except OSError:
-        pass  # a wish, not a limit
+        pass  # a preference, not a limit
     if sys.flags.no_site:
         import site
 
-        site.setquit()  # programs call exit()
+        site.setquit()  # because programs call exit()
         site.sethelper()
     roles: dict[str, Callable[..., None]]
     roles = {"program": program, "calls": calls, "solution": solution, "tester": tester}
@@ -76,7 +76,7 @@ def _job() -> dict[str, Any]:
         job: dict[str, Any] = json.loads(file.read())
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(null, 1)  # what the code prints is lost
+    os.dup2(null, 1)  # the code's output is discarded
     os.close(null)
     return job
 
@@ -89,5 +89,5 @@ def _announce(results: int) -> BinaryIO:
 
 
 def _end() -> None:
-    """Skip the exit handlers and threads of foreign code."""
+    """End the process without running untrusted code's exit handlers or waiting for its threads."""
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The process of the tests; the model's functions are proxies for another process."""
+"""The process that runs the tests; in it, the model's functions are proxies for another process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class SolutionError(Exception):
-    """The solution is gone or raised no ordinary builtin exception."""
+    """The solution's process is gone, or it raised something other than an ordinary builtin exception."""
 
 
 class UnsupportedTest(Exception):
-    """The test passes what cannot leave this process."""
+    """The test passes a value that cannot leave this process."""
 
 
 class Conversation:
@@ -25,10 +25,10 @@ class Conversation:
         self._requests, self._replies = requests, replies
         self._proxies: dict[int, Remote] = {}
         self.unsupported = ""
-        """Why a test cannot run, even if the test swallowed the exception."""
+        """Why a test cannot run; kept in case the test swallowed the exception."""
 
     def ask(self, *request: Any) -> Any:
-        """Raise the solution's exception as a builtin one or SolutionError."""
+        """Send a request and return the reply; raise the solution's exception as a builtin one or as SolutionError."""
         try:
             send(self._requests, request)
             return self.answer(may_end=request[0] == "next")
@@ -46,7 +46,7 @@ class Conversation:
             raise StopIteration
         name, text = (str(part) for part in parts)
         known = getattr(builtins, name, None)
-        # A StopIteration out of a function would end a loop of the test, and `all(map(f, xs))` would be true.
+        # A StopIteration from a function would end a loop of the test and make `all(map(f, xs))` true.
         if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, _NOT_RAISED):
             raise known(text)
         raise SolutionError(f"{name}: {text}")
@@ -66,11 +66,11 @@ class Conversation:
         return self._proxies[number]
 
 
-_NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeError)  # a UnicodeError cannot be made from a text
+_NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeError)  # a UnicodeError cannot be built from a text
 
 
 class Remote:
-    """An object of the solution that is not plain data. Equal only to itself, whatever its class says."""
+    """An object of the solution that is not plain data. It is equal only to itself, whatever its class says."""
 
     __slots__ = ("_conversation", "_number")
 
@@ -87,7 +87,7 @@ class Remote:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
-            raise AttributeError(name)  # protocols are not forwarded, except those below
+            raise AttributeError(name)  # special methods are not forwarded, except those below
         return self._conversation.ask("attribute", self._number, name)
 
     def __getitem__(self, key: Any) -> Any:
@@ -107,9 +107,9 @@ class Remote:
 
 
 def call_for_effect(function: Any) -> Any:
-    """Wrap the function of a statement `f(x)`, whose test looks at what f did to x: update x afterwards.
+    """Wrap the function of a statement `f(x)` so that x is updated afterwards, because the test checks the change.
 
-    Elsewhere arguments go by value: `f(x) == sorted(x)` must not be won by emptying x.
+    Elsewhere arguments are passed by value: a solution must not pass `f(x) == sorted(x)` by emptying x.
     """
     if not isinstance(function, Remote):
         return function
@@ -148,9 +148,9 @@ def parse_test(text: str) -> ast.Module:
 
 
 def names_of_solution(trees: list[ast.Module], known: dict[str, Any], entry_point: str | None) -> list[str]:
-    """Return the names that tests use and neither they, their setup nor Python define; the entry point first.
+    """Return the names that tests use but that neither they, their setup nor Python define; the entry point first.
 
-    If there are none, the function under test is named like a builtin, and the builtins used are candidates.
+    If there are none, the function under test has a builtin's name, and the builtins that the tests use are candidates.
     """
     used: set[str] = set()
     defined = {"call_for_effect"}
@@ -173,14 +173,14 @@ def names_of_solution(trees: list[ast.Module], known: dict[str, Any], entry_poin
 
 
 def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, results: BinaryIO) -> None:
-    """Run the tests and report each: `[index, "passed" | "failed" | "unsupported", details]`.
+    """Run the tests and report each one: `[index, "passed" | "failed" | "unsupported", details]`.
 
-    Instead `["bad", details]` if the tests are not valid Python, or `["load", details]` if the solution is not.
+    If the tests are not valid Python, report only `["bad", details]`; if the solution is not, only `["load", details]`.
     """
     conversation = Conversation(requests, replies)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
-        conversation.answer()  # the solution's process is up
+        conversation.answer()  # wait until the solution's process is up
     except (ConversationEnded, SolutionError):
         return
     try:
@@ -193,7 +193,7 @@ def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, result
     try:
         conversation.answer()
         for name in names_of_solution(trees, namespace, job["entry_point"]):
-            namespace.pop(name, None)  # the setup's stub of the entry point must not be tested instead
+            namespace.pop(name, None)  # do not test the setup's stub instead
             if conversation.ask("defines", name) is True:
                 namespace[name] = conversation.ask("name", name)
     except BaseException as error:
@@ -205,7 +205,7 @@ def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, result
         try:
             exec(program, namespace)
             verdict = ["passed", ""]
-        except BaseException as error:  # whatever it is, the test did not pass
+        except BaseException as error:  # whatever the exception, the test did not pass
             verdict = ["failed", f"{type(error).__name__}: {error}"[:500]]
         if conversation.unsupported:
             verdict = ["unsupported", conversation.unsupported]

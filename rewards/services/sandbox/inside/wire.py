@@ -1,6 +1,6 @@
-"""Values as JSON and back: plain data by value, everything else as a numbered handle.
+"""Encodes values as JSON and decodes them: plain data by value, everything else as a numbered handle.
 
-Decoding makes builtin objects only, so a solution cannot define what `==` means in a test.
+Decoding creates only builtin objects, so a solution cannot redefine `==` in a test.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_NUMBER_CHARACTERS = 2000
-"""Of a Decimal or a Fraction; a longer one stays a handle."""
+"""Longest Decimal or Fraction sent by value; longer ones stay handles."""
 MOST_OF_ONE_HASH = 100
-"""Items of a set or keys of a dictionary."""
+"""How many items of a set, or keys of a dictionary, may share a hash."""
 _PLAIN = {
     "Decimal": re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?|Infinity|NaN)"),
     "Fraction": re.compile(r"-?[0-9]+(?:/[0-9]+)?"),
 }
-"""Forms that `str` gives them. Fraction("1e10000000") would be computed digit by digit, for hours."""
+"""The forms that `str` produces. Others are refused: Fraction("1e10000000") would take hours to compute."""
 
 
 class ConversationEnded(Exception):
-    """The other side closed, died, or sent an invalid message."""
+    """The other side closed the connection, died, or sent an invalid message."""
 
 
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """`handle` numbers what is not plain data, or raises."""
+    """Encode a value; `handle` gives a number to whatever is not plain data, or raises."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return int(value) if -(2**63) < value < 2**63 else ["int", hex(value)]  # decimal digits are limited
+        return int(value) if -(2**63) < value < 2**63 else ["int", hex(value)]  # decimal digits are limited by Python
     if isinstance(value, float):
         return float(value)
     if isinstance(value, str):
@@ -82,7 +82,7 @@ _COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "froze
 
 
 def decode(message: Any, handle: Callable[[int], Any]) -> Any:
-    """Raise ValueError, TypeError or the like for what encode never makes."""
+    """Decode a message; raise ValueError, TypeError or similar for anything that `encode` never produces."""
     if message is None or isinstance(message, (bool, int, float, str)):
         return message
     if not isinstance(message, list):
@@ -106,7 +106,7 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
 
 
 def _check_hashes(items: list[Any]) -> list[Any]:
-    """Raise ValueError if many share a hash, as multiples of 2**61 - 1 do: a set of them takes quadratic time."""
+    """Raise ValueError if many items share a hash (as multiples of 2**61 - 1 do): a set takes quadratic time then."""
     if len(items) > MOST_OF_ONE_HASH and max(Counter(map(hash, items)).values()) > MOST_OF_ONE_HASH:
         raise ValueError("too many items of one hash")
     return items
@@ -123,7 +123,7 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def _plain(name: str, text: str) -> str:
-    """Raise ValueError if the number is too large."""
+    """Check a Decimal's or Fraction's text; raise ValueError if the number is too large."""
     if len(text) > MAX_NUMBER_CHARACTERS or not _PLAIN[name].fullmatch(text):
         raise ValueError(f"no plain {name}")
     return text
@@ -138,7 +138,7 @@ def send(stream: BinaryIO, message: Any) -> None:
 
 
 def receive(stream: BinaryIO) -> Any:
-    """Raise ConversationEnded at the end of the stream and for an invalid message."""
+    """Receive one message; raise ConversationEnded at the end of the stream and for an invalid message."""
     line = stream.readline(MAX_MESSAGE_BYTES + 1)
     if not line.endswith(b"\n"):
         raise ConversationEnded("the answer was too long" if line else "it ended")
@@ -149,7 +149,7 @@ def receive(stream: BinaryIO) -> Any:
 
 
 def messages(data: bytes) -> Iterator[Any]:
-    """Up to the first invalid one."""
+    """Yield messages up to the first invalid one."""
     for line in data.split(b"\n"):
         try:
             yield json.loads(line)
