@@ -57,13 +57,13 @@ def parser() -> argparse.ArgumentParser:
         prog="rlkit view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of run folders")
-    parser.add_argument("--text", action="store_true", help="print the state of the runs, and end")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"the first free one from here on ({PORT})")
+    parser.add_argument("--text", action="store_true", help="print the state of the runs and exit")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: only this machine)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"the first free port from here on is used ({PORT})")
     parser.add_argument(
         "--token",
         action="store_true",
-        help=f"ask for a token on 127.0.0.1, too, where others have accounts here; {TOKEN} holds one of yours",
+        help=f"require a token on 127.0.0.1, too, if others have accounts on this machine; {TOKEN} sets your own",
     )
     return parser
 
@@ -83,10 +83,10 @@ def _where(host: str, port: int, token: str | None) -> list[str]:
     query = "" if token is None else f"?token={token}"
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     link = f"http://[{name}]:{port}/{query}" if ":" in name else f"http://{name}:{port}/{query}"
-    lines = [f"looking at it: {link}"]
+    lines = [f"open in a browser: {link}"]
     if is_loopback(host) and "SSH_CONNECTION" in os.environ:
         there = f"{getpass.getuser()}@{socket.gethostname()}"
-        lines.append(f"on your own machine first: ssh -L {port}:127.0.0.1:{port} {there}")
+        lines.append(f"first, on your own machine: ssh -L {port}:127.0.0.1:{port} {there}")
     return [*lines, "Ctrl-C ends it"]
 
 

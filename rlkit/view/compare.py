@@ -50,7 +50,7 @@ def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
 def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
     """Compare runs. Differences are the last run's values minus the first's, with intervals if there are pairs."""
     if len(runs) < 2:
-        raise UserError("runs=A,B: a comparison wants at least two runs")
+        raise UserError("runs=A,B: a comparison needs at least two runs")
     points = [run.remembered("points", partial(_points, run)) for run in runs]
     names = dict.fromkeys(name for own in points for name in own)
     bounds = {written for name in names for bound in BOUNDS for written in bound_names(name, bound)}
@@ -81,7 +81,7 @@ def _metric(runs: Sequence[Run], name: str, of_runs: Sequence[Points]) -> Compar
     plain = None if first is None or last is None else last - first
     verdict = "" if best is None else f", which is {'better' if best is max else 'worse'}"
     if name.startswith("reward/") and _judges(runs[0], name) != _judges(runs[-1], name):
-        verdict = ", by another reward"
+        verdict = ", but their rewards differ"
     if interval:
         words = _words(interval, of_prompts, verdict, runs)
     else:
@@ -106,8 +106,8 @@ def _judges(run: Run, name: str) -> object:
 def _words(interval: Interval, of_prompts: bool, verdict: str, runs: Sequence[Run]) -> str:
     over = "common prompts" if of_prompts else "the later half of the common steps"
     if interval.low <= 0 <= interval.high:
-        return f"no winner over {over}: the interval holds 0"
-    caution = "" if of_prompts else "; of these two runs, not of other seeds"
+        return f"no winner over {over}: the interval contains 0"
+    caution = "" if of_prompts else "; true of these two runs, not of other seeds"
     return f"{_above(interval.value, runs)} over {over}{verdict}{caution}"
 
 
@@ -119,7 +119,7 @@ def _words_without_pairs(
         return "one of the runs has no value"
     first, last = ends
     if first is None or last is None:
-        return "last − last, too few pairs: nothing can be said of the difference"
+        return "last − last, too few pairs: the difference cannot be judged"
     if first[0] <= last[1] and last[0] <= first[1]:
         return "last − last, no winner: the intervals of the last evaluations overlap"
     above = _above(difference, runs)

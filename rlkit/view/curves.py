@@ -93,20 +93,20 @@ TILES = (
         "right answers to problems that are not trained on: the curve that counts", "share", "up",
     ),
     _Shown(("reward/heldout",), "held-out reward", "mean value of the held-out answers", "", "up"),
-    _Shown(("reward/mean",), "reward", "mean of all valid samples of the step, rejected groups included", "", "up"),
+    _Shown(("reward/mean",), "reward", "mean of all valid samples of the step, including rejected groups", "", "up"),
     _Shown(
         ("accuracy/train", "preference/accuracy"), "training accuracy",
-        "right answers among the samples of the step, by the verifier", "share", "up",
+        "right answers among the step's samples, according to the verifier", "share", "up",
     ),
     _Shown(("length/mean",), "length", "mean tokens of a response", "tokens"),
-    _Shown(("length/truncated_share",), "cut off", "responses that reached the limit of tokens", "share", "down"),
+    _Shown(("length/truncated_share",), "cut off", "responses that reached the token limit", "share", "down"),
     _Shown(("reward/failed",), "failed rewards", "samples of the step without a valid score", "", "down"),
     _Shown(
         ("group/all_equal_share",), "groups that teach nothing",
         "groups whose samples all got the same reward", "share", "down",
     ),
     _Shown(("policy/entropy",), "entropy", "of the next token, mean over the step", "nats"),
-    _Shown(("time/step",), "seconds per step", "evaluations left out", "s", "down"),
+    _Shown(("time/step",), "seconds per step", "without evaluations", "s", "down"),
 )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def field(name: str, names: Names, position: int = 0) -> Sql:
     if name not in SQL:
         fields = [*SQL, *(f"{family}.{one}" for family in names for one in sorted(names[family]))]
         meant = nearest(name, fields)
-        possible = f"did you mean {meant}?" if meant else f"there are {', '.join(fields)}"
+        possible = f"did you mean {meant}?" if meant else f"the fields are {', '.join(fields)}"
         raise FilterError(position, f"unknown field {name!r}: {possible}")
     sql, kind = SQL[name]
     return Sql(sql, (), kind)
@@ -155,7 +155,7 @@ class _Parser:
     def _negated(self) -> Sql:
         self._depth += 1
         if self._depth > DEEPEST:
-            raise FilterError(self.token.start, f"at most {DEEPEST} parentheses and 'not' inside one another")
+            raise FilterError(self.token.start, f"parentheses and 'not' may be nested at most {DEEPEST} deep")
         if self._take("not"):
             inner = self._negated()
             sql = Sql(f"(NOT {inner.text})", inner.parameters, "flag")
@@ -197,7 +197,7 @@ class _Parser:
         token = self.token
         if kind == "text":
             if token.kind != "text":
-                raise self.error('expected a text in quotes, like "length"')
+                raise self.error('expected text in quotes, like "length"')
             self._tokens.pop(0)
             return Sql("?", (token.text[1:-1].replace(token.text[0] * 2, token.text[0]),))
         if word := self._take("true", "false"):
@@ -207,7 +207,7 @@ class _Parser:
             return Sql("?", (float(token.text),))
         if kind == "flag":
             raise self.error("expected true or false")
-        value = self._field("expected a number, or another field of numbers")
+        value = self._field("expected a number, or another numeric field")
         if value.kind == "text":
-            raise FilterError(token.start, f"expected a number: {token.text} is a text")
+            raise FilterError(token.start, f"expected a number: {token.text} is text")
         return value

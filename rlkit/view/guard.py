@@ -58,21 +58,21 @@ class Guard:
 
     def _refusal(self, request: HTTPConnection, method: str) -> Response | None:
         if method not in ("GET", "HEAD"):
-            return refused(405, "everything here is read with GET", {"Allow": "GET"})
+            return refused(405, "this server answers only GET requests", {"Allow": "GET"})
         header = request.headers.get("host", "")
         name = host_name(header)
         if not (is_loopback(name) or name.lower() in self._names or (self._everywhere and _is_number(name))):
             # A browser would admit a web page whose name was made to point here. An IP address cannot be redirected.
             known = " or ".join(sorted(self._names - {"0.0.0.0", "::", ""}))
-            return refused(403, f"this server does not go by the name {header[:60]!r}: use {known}, or its number")
+            return refused(403, f"this server is not known as {header[:60]!r}: use {known}, or its IP address")
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != header:
-            return refused(403, "another page may not read this one's answers (Origin)")
+            return refused(403, "other pages may not read this server's answers (Origin)")
         foreign = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if foreign and not (request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"):
-            return refused(403, "another page may not read this one's answers (Sec-Fetch-Site)")
+            return refused(403, "other pages may not read this server's answers (Sec-Fetch-Site)")
         if self._token is not None and not any(same_token(given, self._token) for given in _tokens(request)):
-            words = "this server wants its token: open the printed link, or Authorization: Bearer ..."
+            words = "this server requires its token: open the printed link, or send Authorization: Bearer ..."
             return refused(401, words, {"WWW-Authenticate": "Bearer"})
         return None
 

@@ -76,14 +76,14 @@ def _light(row: MetricRow, rule: Rule, training: Table, option: Option) -> Light
     if len(reported) < (rule.fine_from if state == "good" else rule.alarm_from):
         return made("unknown", f"{text}; {_of(len(reported), rule)}", TOO_EARLY)
     if not recent:
-        text += f"; no step since {points[-1][0]} reports it"
+        text += f"; not reported since step {points[-1][0]}"
         state = "unknown" if state == "good" else state
     crossed = [step for step, one in points if state in ("look", "bad") and _state(one, look, act) != "good"]
     return made(state, text, steps=crossed)
 
 
 def _of(steps: int, rule: Rule) -> str:
-    return f"{steps} of the {rule.fine_from} steps that it takes"
+    return f"{steps} of the {rule.fine_from} steps needed"
 
 
 def _middle(points: Points) -> float:
@@ -221,16 +221,16 @@ def _reward_and_accuracy(training: Table, evaluation: Table) -> Light | None:
     def made(state: State, word: str, text: str, steps: Sequence[int] = ()) -> Light:
         return Light(
             id="fooled", title="reward and accuracy", state=state, word=word, value_text=text,
-            meaning="whether the reward rises while verified answers do not: changes by a line, with intervals of 95 %",
-            reading="both should rise; the triage lists the samples", remedy=plain(about("accuracy/heldout").remedy),
+            meaning="whether the reward rises while verified accuracy does not; by fitted lines, with 95 % intervals",
+            reading="both should rise; Triage lists the samples", remedy=plain(about("accuracy/heldout").remedy),
             metrics=["reward/mean", verified], steps=list(steps),
         )  # fmt: skip
 
     judged = evaluation.points(verified) if verified == "accuracy/heldout" else training.points(verified)
     if not judged and len(reward) >= LEAST_POINTS:
-        return made("unknown", WORDS["unknown"], "no verifier: no accuracy/train, nor five of accuracy/heldout")
+        return made("unknown", WORDS["unknown"], "no verifier: no accuracy/train, nor five values of accuracy/heldout")
     if trend is None:
-        return made("unknown", TOO_EARLY, f"{min(len(reward), len(judged))} of the {LEAST_POINTS} steps that it takes")
+        return made("unknown", TOO_EARLY, f"{min(len(reward), len(judged))} of the {LEAST_POINTS} steps needed")
     text = f"from step {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second}"
     if of_accuracy == "rises":
         return made("good", WORDS["good"], text)

@@ -30,7 +30,7 @@ from rlkit.view.schema import ErrorResult, Event
 
 PAGE = Path(__file__).parent / "page.html"
 PLACEHOLDER = """<!doctype html><title>rlkit view</title><p>This installation has no page (rlkit/view/page.html).
-Questions are answered: <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>."""
+Queries are answered: <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>."""
 FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
 """Removes the token from the address once the cookie has it. A redirect from an external link would lack the cookie."""
 PORTS = 65536
@@ -71,7 +71,7 @@ def make_app(runs: Runs, host: str, token: str | None, ending: threading.Event) 
             return refused(error.status_code, str(error.detail))
         if isinstance(error, UserError):
             return refused(404 if isinstance(error, NotThereError) else 400, str(error))
-        return refused(500, f"{type(error).__name__}: {error} (the index of samples lies in {cache_folder()})")
+        return refused(500, f"{type(error).__name__}: {error} (the index of samples is in {cache_folder()})")
 
     app.get("/api/events", response_class=Response, responses={200: {"model": Event}})(events)
     app.get("/", include_in_schema=False)(page)
@@ -138,7 +138,7 @@ def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
     except OSError as error:
         raise UserError(f"--host {host}: there is no such host: {error.strerror}") from error
     if not 0 <= port < PORTS:
-        raise UserError(f"--port {port}: ports are 1 to {PORTS - 1}, 0 for any that is free")
+        raise UserError(f"--port {port}: ports are 1 to {PORTS - 1}, or 0 for any free one")
     for candidate in range(port, min(port + tries, PORTS)):
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

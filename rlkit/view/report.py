@@ -62,7 +62,7 @@ def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
     report = _Report(runs, run, room)
     if report.size > room:
         least = (int(max_mb * 1e6) - room + report.size) / 1e6
-        raise UserError(f"--max-mb {max_mb:g}: too little; without any sample the report takes {least:.2f}")
+        raise UserError(f"--max-mb {max_mb:g}: too small; even without samples the report takes {least:.2f}")
     kept, total = report.fill()
     file = out or Path(f"{run.path.name}.html")
     content = {"samples": total, "kept": kept, "results": report.results}

@@ -205,7 +205,7 @@ def log(run: Run, asked: LogAsked) -> LogResult:
 def results(run: Run) -> Results:
     found = run.read("results.json")
     if found is None:
-        raise NotThereError(f"run {run.id!r} has no results.json: it is no evaluation, or one that has not ended")
+        raise NotThereError(f"run {run.id!r} has no results.json: it is not an evaluation, or has not ended")
     return Results(found)
 
 
@@ -220,7 +220,7 @@ class Runs:
         self._lock = threading.Lock()
         for folder in self._folders:
             if not _runs_in(folder):
-                there = "it has none of these, nor has a folder in it" if folder.is_dir() else "there is no such folder"
+                there = "neither it nor a folder in it has one" if folder.is_dir() else "there is no such folder"
                 raise UserError(
                     f"no run in {folder}: a run folder has metrics.jsonl, samples.jsonl or results.json; {there}"
                 )

@@ -124,7 +124,7 @@ def tokens_of(run: Run, asked: TokensAsked) -> schema.TokensResult:
     row = _tokens(run, _summary(run, asked.id))
     if row is None:
         raise NotThereError(
-            f"no token signals of sample {asked.id}: a run keeps those of tracking.token_groups_per_step groups a step"
+            f"no token signals for sample {asked.id}: a run keeps them for tracking.token_groups_per_step groups a step"
         )
     chosen = [name for name in asked.signals.split(",") if name] or None
     return tokens.tokens_result(row, chosen, asked.from_, asked.to)
@@ -149,7 +149,7 @@ def account(
         for name in (*valued, *(name for name in components if name not in valued))
     ]
     return parts, _account_note(components, reward, rule, sum(brought.values())) if weights else (
-        "one reward: its components say more about it and need not add up" if components else "no components"
+        "a single reward: its components explain it and need not add up" if components else "no components"
     )
 
 
@@ -168,7 +168,7 @@ def _account_note(components: Mapping[str, float | None], reward: float | None, 
     if not math.isclose(total, target, rel_tol=ADDED_UP, abs_tol=ADDED_UP):
         return f"the parts come to {total:.4g}, the reward is {target:.4g}: another step changed it"
     return f"the parts add up to {target:.4g}" + (
-        f", which shaping made {reward:.4g}" if "unshaped" in components else ""
+        f", which shaping turned into {reward:.4g}" if "unshaped" in components else ""
     )
 
 

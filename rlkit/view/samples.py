@@ -80,7 +80,7 @@ def _after(cursor: str, key: str, order: str) -> Sql:
         row, value = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         row, value = int(row), None if value is None else float(value)
     except (ValueError, TypeError, OverflowError):
-        raise UserError(f"cursor={cursor[:40]}: not one that this list gave; ask without it") from None
+        raise UserError(f"cursor={cursor[:40]}: not a cursor that this list returned; leave it out") from None
     if value is None:
         return Sql(f"({key} IS NULL AND id > ?)", (row,))
     sign = "<" if order == "desc" else ">"
@@ -197,7 +197,7 @@ def _number(run: Run, name: str) -> str:
     """Return the SQL of a numeric column. Raises FilterError."""
     sql = field(name, run.index.names())
     if sql.kind == "text":
-        raise FilterError(0, f"{name} is a text, not a number")
+        raise FilterError(0, f"{name} is text, not a number")
     return sql.text
 
 
@@ -221,5 +221,5 @@ def _search(text: str) -> str:
         if any(letter.isalnum() for letter in own):
             terms.append(f'"{own}"' + ("*" if start else ""))
     if text.strip() and not terms:
-        raise UserError(f"q={text[:40]}: full text search wants words or numbers")
+        raise UserError(f"q={text[:40]}: full-text search needs words or numbers")
     return " ".join(terms)

@@ -41,7 +41,7 @@ def rendered(run: Run, ascii_only: bool) -> Iterable[RenderableType]:
         yield _tiles(over.tiles, ascii_only)
     yield from (_light(light) for light in over.lights if light.state != "unknown")
     if silent := [light.title for light in over.lights if light.state == "unknown"]:
-        yield Text(printable(f"no verdict, too early or not measured: {', '.join(silent)}"), style="dim")
+        yield Text(printable(f"no verdict (too early or not measured): {', '.join(silent)}"), style="dim")
     for finding in triage(run).findings:
         facts = "; ".join(f"{one.label}: {one.value}" for one in finding.evidence[:3])
         yield Text.assemble(("triage  ", "yellow"), (finding.title, "bold"), f"  {printable(facts)}")

@@ -114,7 +114,7 @@ def _apart(run: Run) -> Found:
     if reward != "rises" or accuracy == "rises":
         return None
     if not accuracy:
-        return f"the reward rises, and what {what} does is too uncertain: {trend.second} from step {trend.start} on"
+        return f"the reward rises, but the change of {what} is too uncertain: {trend.second} from step {trend.start} on"
     falls = accuracy == "falls"
     return schema.Finding(
         id="apart",
@@ -124,7 +124,7 @@ def _apart(run: Run) -> Found:
         f"{'goes down: what is paid for is not what is wanted' if falls else 'does not follow'}.",
         evidence=_evidence(
             {
-                "change of the reward over these steps, by a line [95 % interval]": str(trend.first),
+                "change of the reward over these steps, by a fitted line [95 % interval]": str(trend.first),
                 f"change of {what} [95 % interval]": str(trend.second),
             }
         ),
@@ -136,9 +136,9 @@ def _apart(run: Run) -> Found:
 def _rewarded_wrong(run: Run, data: Samples) -> Found:
     known = np.isfinite(data.correct)
     if not known.any():
-        return "no verdicts: samples have no `correct` (a verifier beside the reward gives it)"
+        return "no verdicts: samples have no `correct` (a verifier besides the reward provides it)"
     if _judges_itself(run):
-        return "the verifier is the reward itself: verifier=... names another one"
+        return "the verifier is the reward itself: choose another one with verifier=..."
     wrong, judged = data.top & (data.correct < 0.5), data.top & known
     if not wrong.any():
         return None
@@ -147,13 +147,13 @@ def _rewarded_wrong(run: Run, data: Samples) -> Found:
         id="rewarded_wrong",
         title="wrong answers among the best-rewarded",
         level="look" if share > 0.05 else "note",
-        text="The verifier calls these answers wrong, and the reward puts them at the top. Their score is the reward "
-        "minus the mean of the answers to the same prompt: the most overpaid stand first.",
+        text="The verifier calls these answers wrong, but the reward puts them at the top. Their score is their reward "
+        "minus the mean of the answers to the same prompt: the most overpaid come first.",
         evidence=_evidence(
             {
-                f"wrong, of the samples with a reward of {bound:.4g} or more (the top 5 %)": f"{int(wrong.sum())} of "
+                f"wrong among samples with a reward of {bound:.4g} or more (the top 5 %)": f"{int(wrong.sum())} of "
                 f"{int(judged.sum())} ({share:.1%})",
-                "wrong, of all samples": f"{np.mean(data.correct[known] < 0.5):.1%}",
+                "wrong among all samples": f"{np.mean(data.correct[known] < 0.5):.1%}",
             }
         ),
         metrics=["reward/mean", "accuracy/train"],
@@ -170,7 +170,7 @@ def _one_component(run: Run, data: Samples) -> Found:
     shown = {name: f"{name}/shaped" if f"{name}/shaped" in data.components else name for name in weights}
     parts = {name: weights[name] * data.components[own] for name, own in shown.items() if own in data.components}
     if len(parts) < 2:
-        return "the reward has one part alone"
+        return "the reward has only one part"
     shares, before = (
         trends.spread_shares({name: values[chosen] for name, values in parts.items()}, data.group[chosen])
         for chosen in (data.late, data.early)
@@ -182,17 +182,18 @@ def _one_component(run: Run, data: Samples) -> Found:
     truth = trends.correlation(deciding, judged, data.group[data.late])
     right = truth is not None and truth.value > 0.5
     evidence = {
-        f"share of {own} in the differences, {LATE}": f"{share:.0%}"
+        f"share of the differences that is due to {own}, {LATE}": f"{share:.0%}"
         + (f" ({EARLY}: {before[own]:.0%})" if before else "")
         for own, share in sorted(shares.items(), key=lambda pair: -pair[1])
     }
-    agreement = {f"correlation of {name} and the verdict (1: they agree) [95 % interval]": str(truth)} if truth else {}
+    agreement = {f"correlation of {name} with the verdict (1: they agree) [95 % interval]": str(truth)} if truth else {}
     return schema.Finding(
         id="one_component",
         title=f"{name} alone decides",
         level="note" if right else "look",
-        text=f"In the {LATE}, {shares[name]:.0%} of what tells answers to the same prompt apart is {name}: the other "
-        "parts of the reward hardly teach anything." + (" It agrees with the verifier." if right else ""),
+        text=f"In the {LATE}, {shares[name]:.0%} of the differences in reward between answers to the same prompt are "
+        f"due to {name}: the other parts of the reward teach hardly anything."
+        + (f" But {name} agrees with the verifier." if right else ""),
         evidence=_evidence(evidence | agreement),
         metrics=[f"reward/component/{own}" for own in parts],
     )
@@ -221,14 +222,14 @@ def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, 
     strong = early is None or abs(late.value) > min(abs(early.value) + 0.1, STRONG)
     odd = among is not None and abs(among.value) > CORRELATED and among.low * among.high > 0
     which = titles[0] if late.value > 0 else titles[1]
-    told = f"wrong ones alone, too: the {what} itself counts" if odd else "which may come from being right"
+    told = f"even among wrong answers alone: the {what} itself counts" if odd else "perhaps because they are right"
     facts = {LATE: late, EARLY: early, f"wrong answers alone, {LATE}": among}
     return schema.Finding(
         id=what,
         title=f"{which} are paid more",
         level="look" if odd and strong else "note",
-        text=f"Of the answers to the same prompt, {which} get more reward, {told}. A correlation of 0 is none, one of "
-        "1 or -1 leaves room for nothing else; its 95 % interval stands in brackets.",
+        text=f"Among answers to the same prompt, {which} get more reward, {told}. A correlation of 0 means none, one "
+        "of 1 or -1 that nothing else counts; its 95 % interval is in brackets.",
         evidence=_evidence({f"correlation, {when}": str(value) for when, value in facts.items() if value}),
         metrics=["reward/mean", "length/mean"],
     )
@@ -254,9 +255,13 @@ def _phrases(run: Run, data: Samples) -> Found:
         id="phrases",
         title="phrases that are paid for",
         level="look" if new else "note",
-        text=f"The best-rewarded answers of the {LATE} say these words far more often than the worst-rewarded ones "
-        "and those of the first steps. Search for them to see who says so."
-        + (" The samples have the first one; their score is the reward minus the mean of the prompt." if new else ""),
+        text=f"The best-rewarded answers of the {LATE} contain these words far more often than the worst-rewarded ones "
+        "and those of the first steps. Search for the words to see which samples contain them."
+        + (
+            " The samples listed contain the first phrase; their score is their reward minus the prompt's mean."
+            if new
+            else ""
+        ),
         evidence=_evidence(
             {
                 phrase.text: f"in {phrase.best:.0%} of the best-rewarded answers, {phrase.worst:.0%} of the worst, "
@@ -272,7 +277,7 @@ def _phrases(run: Run, data: Samples) -> Found:
 def _ensemble(run: Run, data: Samples) -> Found:
     names = [name for name in data.components if name.rpartition("/")[2] == "ensemble_std"]
     if not names:
-        return "the reward is no ensemble: no component ensemble_std"
+        return "the reward is not an ensemble: it has no component ensemble_std"
     spread = data.components[names[0]]
     known = np.isfinite(spread)
     top, others = data.top & known, known & ~data.top
@@ -286,12 +291,12 @@ def _ensemble(run: Run, data: Samples) -> Found:
         id="ensemble",
         title="the ensemble disagrees where it pays most",
         level="look",
-        text="The reward models of the ensemble differ most on the best-rewarded answers: these are far from what they "
-        "were trained on. The score of a sample is how far they differ on it (standard deviation).",
+        text="The reward models of the ensemble differ most on the best-rewarded answers: these are far from what the "
+        "models were trained on. A sample's score is how far the models differ on it (standard deviation).",
         evidence=_evidence(
             {
-                "how far they differ on the best-rewarded samples (standard deviation)": f"{best:.3g}",
-                "on all others": f"{rest:.3g}" + (f": {best / rest:.1f} times less" if rest > 0 else ""),
+                "how far the models differ on the best-rewarded samples (standard deviation)": f"{best:.3g}",
+                "on all others": f"{rest:.3g}" + (f" ({best / rest:.1f} times less)" if rest > 0 else ""),
             }
         ),
         metrics=[f"reward/component/{names[0]}"],
@@ -313,7 +318,7 @@ def _last_token(run: Run) -> Found:
         id="last_token",
         title="process rewards sit on the last token",
         level="look" if share > 0.8 else "note",
-        text="A process reward that pays at the end alone acts as an outcome reward: the steps before teach nothing.",
+        text="A process reward that pays only at the end acts as an outcome reward: the earlier steps teach nothing.",
         evidence=_evidence({"share of a sample's process reward that is on its last token": f"{share:.0%}"}),
         metrics=["prime/last_token_share"],
         filter="tokens",

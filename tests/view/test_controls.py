@@ -71,7 +71,7 @@ class TestWhereControlsLead:
         reader.open("sample", run="main", id=40)
         reader.button("Next").click()
         heading(reader, "Sample 41")
-        reader.button("Before").click()
+        reader.button("Previous").click()
         heading(reader, "Sample 40")
         peer = page.locator(".peers a:not([aria-current=true])").first
         number = int(peer.inner_text().split()[0].removeprefix("#"))
@@ -87,12 +87,12 @@ class TestWhereControlsLead:
         page.get_by_role("link", name=f"Step {rows[40]['step']}", exact=True).click()
         shows_step(reader, rows[40]["step"])
         page.go_back()
-        page.get_by_role("link", name="All of this prompt").click()
+        page.get_by_role("link", name="All samples of this prompt").click()
         reader.counts(f"{sum(row['prompt_id'] == rows[40]['prompt_id'] for row in rows)} samples")
 
     def test_rewards_of_steps(self, reader: Reader) -> None:
         reader.open("sample", run="episodes", id=0)
-        steps = reader.page.get_by_role("region", name="Rewards of steps").get_by_role("button")
+        steps = reader.page.get_by_role("region", name="Step rewards").get_by_role("button")
         assert steps.count() > 1
         steps.nth(1).click()
         assert "token 6" in reader.page.locator("output.point").inner_text()
@@ -128,12 +128,12 @@ class TestWhereControlsLead:
         page.go_back()
         page.locator("main").get_by_role("link", name="Curves").first.click()
         heading(reader, "Curves")
-        assert page.get_by_label("Names that match").input_value().startswith("^")
+        assert page.get_by_label("Names matching").input_value().startswith("^")
         page.get_by_role("application").first.wait_for()
 
     def test_steps_of_a_light(self, reader: Reader) -> None:
         reader.open("overview", run="main")
-        light = reader.page.locator("details", has_text="held at step").first
+        light = reader.page.locator("details", has_text="seen at step").first
         light.locator("summary").click()
         link = light.locator("a[href*='/samples']").first
         step = int(link.inner_text())
@@ -151,7 +151,7 @@ class TestWhereControlsLead:
         reader.open("sample", run="main", id=40)
         reader.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed')) }")
         reader.button("Copy link").click()
-        reader.button("It is the page's address").wait_for()
+        reader.button("Use the page's address").wait_for()
 
     @pytest.mark.parametrize("screen", ["sample", "group"])
     def test_a_screen_of_nothing_leads_to_the_list(self, reader: Reader, screen: str) -> None:

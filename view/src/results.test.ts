@@ -11,8 +11,8 @@ test("a row for each number, and words for each comparison", () => {
   expect([...measured, ...differences].map(({ of, metric }) => [of, metric])).toEqual([
     ["step 60, sampled", "accuracy"],
     ["step 60, sampled", "pass@4"],
-    ["step 60, sampled", "tokens of an answer"],
-    ["step 60 less step 0", "difference"],
+    ["step 60, sampled", "tokens per answer"],
+    ["step 60 minus step 0", "difference"],
   ]);
   expect(measured[0].words).toContain("10 of 90 answers");
   expect(differences[0].words).toContain("no winner");

@@ -30,18 +30,18 @@ export function tables(results: Results): { measured: Row[]; differences: Row[] 
 
 function measured({ step, decoding, mean, of_k, wrong, answers, left_out, length, reward }: Line): Row[] {
   const of = decoding === "recorded" ? "recorded answers" : `step ${step}, ${decoding}`;
-  const left = left_out ? `${number(left_out)} of ${number(answers)} answers were not judged and are in no number` : "";
+  const left = left_out ? `${number(left_out)} of ${number(answers)} answers were not judged and are not counted` : "";
   const of_each = Object.entries(of_k).flatMap(([name, by_k]) => Object.entries(by_k).map(([k, numbers]) => [name + k, numbers] as const));
   return [
     { of, metric: wrong === null ? "mean" : "accuracy", numbers: mean, words: left },
-    ...[...of_each, ["tokens of an answer", length] as const, ["reward", reward] as const].flatMap(([metric, numbers]) =>
+    ...[...of_each, ["tokens per answer", length] as const, ["reward", reward] as const].flatMap(([metric, numbers]) =>
       numbers ? [{ of, metric, numbers }] : [],
     ),
   ];
 }
 
 function compared({ first, second, difference, better, worse, sign_test_p, winner }: Comparison): Row {
-  const verdict = winner ? `${winner} is better` : "no winner: the interval holds 0";
+  const verdict = winner ? `${winner} is better` : "no winner: the interval contains 0";
   const words = `${verdict}; better on ${better} questions, worse on ${worse}, sign test p ${number(sign_test_p)}`;
-  return { of: `${second} less ${first}`, metric: "difference", numbers: difference, words };
+  return { of: `${second} minus ${first}`, metric: "difference", numbers: difference, words };
 }

@@ -76,7 +76,7 @@ export function embedded(report: Report): Source {
     async get<T>(route: string, query: Query) {
       const result = results.get(address(route, query)) ?? part(route, query);
       if (result !== undefined) return result as T;
-      if (query.filter || query.within || query.q) throw new Error("Filters and full text search are not in this report; `python -m rlkit.view` has them.");
+      if (query.filter || query.within || query.q) throw new Error("Filters and full-text search are not in this report; `python -m rlkit.view` has them.");
       throw new Error("This is not in this report; `python -m rlkit.view` shows the whole run.");
     },
     follow: () => () => {},

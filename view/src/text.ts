@@ -64,14 +64,14 @@ export function judged(correct: number | null): string {
 
 // What the records' names mean, where a heading or a choice shows them.
 const WORDS: Record<string, string> = {
-  length: "length in tokens", staleness: "staleness in updates", entropy: "entropy in nats", correct: "right by the verifier",
+  length: "length in tokens", staleness: "staleness in updates", entropy: "entropy in nats", correct: "right according to the verifier",
   prompt_id: "prompt", from_step: "from step", to_step: "to step",
   logprob_sampler: "log-probability, sampler", logprob_learner: "log-probability, learner",
-  logprob_reference: "log-probability, reference", process_reward: "process reward", value: "value by the critic",
-  weight: "weight of the correction", ratio: "probability ratio", clipped: "left out by clipping",
-  mismatch: "learner less sampler", kl: "learner less reference",
+  logprob_reference: "log-probability, reference", process_reward: "process reward", value: "critic's value",
+  weight: "correction weight", ratio: "probability ratio", clipped: "left out by clipping",
+  mismatch: "learner minus sampler", kl: "learner minus reference",
   generate: "sampling answers", score: "scoring answers", advantages: "computing advantages", update: "updating the weights",
-  publish: "handing on the weights",
+  publish: "publishing the weights",
   apart: "reward and accuracy apart", rewarded_wrong: "wrong answers among the best-rewarded",
   one_component: "one component decides", digits: "reward for digits", phrases: "phrases that are paid for",
   ensemble: "disagreement of an ensemble", last_token: "process credit on the last token",
@@ -80,7 +80,7 @@ const WORDS: Record<string, string> = {
 /** Plain words for a name in the records: of a column, a signal, a phase, a check. */
 export function words(name: string): string {
   const [kind, own] = name.split(/:(.*)/);
-  if (own !== undefined) return kind === "component" ? `${own} (component)` : `${own} (asked later)`;
+  if (own !== undefined) return kind === "component" ? `${own} (component)` : `${own} (rescored)`;
   return WORDS[name] ?? name;
 }
 

@@ -228,7 +228,7 @@ def test_a_collapsed_run_is_green_nowhere_that_speaks_of_it(tmp_path: Path, sile
             about_other_things |= set() if silent else {"mismatch", "kl"}
             assert {name for name, one in now.items() if one == "good"} == about_other_things
     light = next(one for one in lights(run_of(tmp_path / "end", lines)) if one.id == "kl")
-    assert light.value_text.endswith("; no step since 20 reports it") == silent
+    assert light.value_text.endswith("; not reported since step 20") == silent
 
 
 def test_an_evaluation_and_the_training_of_a_reward_have_no_lights_of_training(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_small_report_keeps_whole_groups(folder: Path, tmp_path: Path, capsys:
     suspects = next(finding["rows"] for finding in findings if finding["rows"])
     assert suspects[0]["id"] in {row["id"] for row in rows}
     assert report([str(folder / "main"), "--out", str(out), "--max-mb", "0.23"]) == 1
-    assert "--max-mb 0.23: too little" in capsys.readouterr().err
+    assert "--max-mb 0.23: too small" in capsys.readouterr().err
 
 
 def test_reports_that_cannot_be_made(
@@ -136,7 +136,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        link = process.stdout.readline().removeprefix("looking at it: ").strip()
+        link = process.stdout.readline().removeprefix("open in a browser: ").strip()
         assert "?token=" in link
         with httpx.Client(timeout=30) as client:
             page = client.get(link)

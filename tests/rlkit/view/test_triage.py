@@ -202,4 +202,4 @@ def test_a_run_without_verdicts_says_what_it_lacks(folder: Path) -> None:
     run = next(run for run in Runs([folder]).all() if run.id == "older")
     run.index.follow()
     missing = {missing.id: missing.why for missing in triage(run).missing}
-    assert "a verifier beside the reward gives it" in missing["wrong answers among the best-rewarded"]
+    assert "a verifier besides the reward provides it" in missing["wrong answers among the best-rewarded"]

@@ -201,7 +201,7 @@ def test_one_evaluation_each_is_judged_by_its_own_intervals(tmp_path: Path) -> N
         apart, alike = words("one,two"), words("one,three")
     above = "last − last, two is above one"
     assert apart["accuracy/heldout"].startswith(f"{above}, which is better: the intervals")
-    assert apart["reward/heldout"].startswith(f"{above}, by another reward: the intervals")
+    assert apart["reward/heldout"].startswith(f"{above}, but their rewards differ: the intervals")
     assert alike["accuracy/heldout"] == "last − last, no winner: the intervals of the last evaluations overlap"
     assert list(alike) == ["accuracy/heldout", "reward/heldout"], "bounds are no metrics"
 
@@ -228,10 +228,10 @@ def test_answers_to_further_sets_are_not_those_to_the_questions_themselves(folde
         ("/api/samples", {"run": "main", "step": "x"}, 400, "step=x: "),
         ("/api/samples", {"run": "main", "step": str(2**70)}, 400, "step="),
         ("/api/samples", {"run": "main", "filter": "reward >"}, 400, "filter, character 9: expected a number"),
-        ("/api/samples", {"run": "main", "sort": "rank"}, 400, "rank is a text, not a number"),
+        ("/api/samples", {"run": "main", "sort": "rank"}, 400, "rank is text, not a number"),
         ("/api/samples", {"run": "main", "sort": "reward; DROP TABLE rows"}, 400, "unknown field"),
-        ("/api/samples", {"run": "main", "cursor": "bogus"}, 400, "not one that this list gave"),
-        ("/api/samples", {"run": "main", "q": '"*'}, 400, "full text search wants words"),
+        ("/api/samples", {"run": "main", "cursor": "bogus"}, 400, "not a cursor that this list returned"),
+        ("/api/samples", {"run": "main", "q": '"*'}, 400, "full-text search needs words"),
         ("/api/sample", {"run": "main", "id": "99999"}, 404, "no sample 99999"),
         ("/api/tokens", {"run": "older", "id": "0"}, 404, "tracking.token_groups_per_step"),
         ("/api/group", {"run": "main", "step": "1", "group": "x"}, 404, "no group 'x'"),
@@ -335,7 +335,7 @@ def test_on_all_addresses_it_goes_by_any_number(folder: Path) -> None:
         for host, status in hosts.items():
             reply = client.get("/api/runs", params={"token": token}, headers={"host": host})
             assert reply.status_code == status, host
-        assert reply.json()["error"].endswith("or its number")
+        assert reply.json()["error"].endswith("or its IP address")
     with serving(Runs([folder / "first"]), host="viewer.example", token=token) as client:
         assert client.get("/api/runs", headers={"host": "192.168.1.5"}, params={"token": token}).status_code == 403
 
