@@ -27,7 +27,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     assert lacking_for_training("json", "sys") == []
     (message,) = lacking_for_training("json", "no_such_a", "no_such_b")
     assert message.startswith("no_such_a, no_such_b are not installed; ")
-    with pytest.raises(NotInstalledError, match=r"^no_such_a is not installed; .*: rlkit doctor prints the line"):
+    with pytest.raises(NotInstalledError, match=r"^no_such_a is not installed; .*: rlkit doctor prints the command"):
         refuse_without("json", "no_such_a")
 
 
