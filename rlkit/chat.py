@@ -34,7 +34,7 @@ def _chat(arguments: list[str]) -> int:
         return 0
     named, options = split_off_subject(arguments)
     if named is None:
-        raise ConfigError([ConfigIssue("chat", "names no model: rlkit chat CHECKPOINT [key=value ...]")])
+        raise ConfigError([ConfigIssue("chat", "no model given: rlkit chat CHECKPOINT [key=value ...]")])
     config, folder = read_options(options), policy_folder(named)
     talk(Chat(folder, config))
     return 0

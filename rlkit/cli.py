@@ -14,22 +14,22 @@ from rlkit.experience.names import nearest
 
 COMMANDS = {
     "train": ("rlkit.train", "train a policy by reinforcement learning"),
-    "submit": ("rlkit.submit", "train as a job of a Ray cluster; follow, list and stop such jobs"),
+    "submit": ("rlkit.submit", "train as a job on a Ray cluster; follow, list and stop such jobs"),
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "evaluate": (
         "rlkit.evaluate",
-        "what a model's answers are worth, with intervals; over checkpoints, of a server, recorded",
+        "score a model's answers, with intervals: over checkpoints, from a server, or recorded",
     ),
-    "chat": ("rlkit.chat", "talk with a checkpoint in the terminal"),
-    "rescore": ("rlkit.rescore", "recorded answers of a run under another reward, side by side"),
-    "generate": ("rlkit.generate", "answers to the questions of any data"),
+    "chat": ("rlkit.chat", "talk to a checkpoint in the terminal"),
+    "rescore": ("rlkit.rescore", "score a run's recorded answers with another reward, side by side"),
+    "generate": ("rlkit.generate", "generate answers to the questions of any data"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
     "sync": ("rlkit.sync", "send what a run folder holds to a tracker: W&B, MLflow, ..."),
     "export": ("rlkit.export", "write the samples of a run for another program's viewer"),
     "view": ("rlkit.view.__main__", "look at runs: a page in the browser, while they train or afterwards"),
     "report": ("rlkit.report", "the same page as one file, with a run in it"),
-    "doctor": ("rlkit.doctor.__main__", "say what this machine and this installation have and lack"),
+    "doctor": ("rlkit.doctor.__main__", "report what this machine and this installation have and lack"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlkit {rlkit.__version__}")
         return 0
     if not given or given[0] in HELP:
-        print("usage: rlkit COMMAND [arguments]; rlkit COMMAND --help says more\n")
+        print("usage: rlkit COMMAND [arguments]; rlkit COMMAND --help shows more\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:<18}{text}")
         return 0 if given else 2

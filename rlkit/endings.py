@@ -31,7 +31,7 @@ def ending(error: BaseException, folder: RunFolder) -> str:
         lines.append(f"Logs: {folder.logs}/")
     if saved:
         step, again = int(saved[0].name[5:]), f"run_dir={shlex.quote(str(folder.path))} resume=auto"
-        lines.append(f"To go on after step {step}: the same command with {again}")
+        lines.append(f"To continue after step {step}, use the same command with {again}")
     return _log_tail(error, folder.logs) + "\n".join(lines)
 
 
@@ -46,7 +46,7 @@ def cause(error: BaseException, folder: RunFolder) -> str:
         what, _ = _actor(error)
         process = re.search(r"pid: (\d+)", str(error))
         who = f"{what} (process {process[1]})" if process else what
-        return f"{who} died: killed from outside, killed by the kernel for want of memory (dmesg says so), or crashed"
+        return f"{who} died: killed from outside, killed by the kernel for lack of memory (dmesg says so), or crashed"
     if is_disk_full(error):
         name = getattr(error, "filename", None) or folder.path
         free = shutil.disk_usage(folder.path).free / 2**20

@@ -55,7 +55,7 @@ def _to_inspect(run: RecordedRun, into: Path | None) -> str:
 
     target = run.folder / "inspect" if into is None else into
     samples, logs = write_logs(run, target)
-    return f"{samples} samples in {logs} logs; look at them by: inspect view --log-dir {target}"
+    return f"{samples} samples in {logs} logs; view them with: inspect view --log-dir {target}"
 
 
 FORMATS: Mapping[str, tuple[str, Callable[[RecordedRun, Path | None], str]]] = {

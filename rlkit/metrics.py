@@ -156,8 +156,8 @@ class UpdateGuard:
         if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
             self.warn(
                 f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
-                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, sampling from a "
-                "truncated or penalised distribution (rollout.top_p and its like), or stale weights"
+                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}. Causes: different precision or kernels, "
+                "sampling from a truncated or penalised distribution (rollout.top_p and the like), or stale weights"
             )
         if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
             self.warn("a step had nothing to train on: no group had two valid samples")
@@ -169,7 +169,7 @@ class UpdateGuard:
         self.warn(f"an update of the {' and of the '.join(skipped)} was skipped: its loss or gradient was not finite")
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise TrainingFailedError(
-                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient, the last one of the "
+                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient, most recently of the "
                 f"{' and of the '.join(skipped)} (trainer.max_skipped_updates): lower learner.learning_rate (or "
                 "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
@@ -190,9 +190,9 @@ class UpdateGuard:
         self.mismatched_in_a_row += 1  # also for NaN
         if self.mismatched_in_a_row >= MISMATCHED_STEPS:
             raise TrainingFailedError(
-                f"in {MISMATCHED_STEPS} steps in a row the sampler's log-probs differ from the learner's by more than "
-                f"trainer.max_mismatch={limit:g} on average (now {mismatch:.3g}): what is trained is not what samples. "
-                "Causes: a model that sampler and learner compute differently, old weights, a collapsed policy, or "
-                "rollout.top_p, top_k, min_p, repetition_penalty or structured, which change what is sampled from; "
-                "null turns this limit off"
+                f"for {MISMATCHED_STEPS} steps in a row the sampler's log-probs have differed from the learner's by "
+                f"more than trainer.max_mismatch={limit:g} on average (now {mismatch:.3g}): the policy being trained "
+                "is not the one that samples. Causes: a model that sampler and learner compute differently, old "
+                "weights, a collapsed policy, or rollout.top_p, top_k, min_p, repetition_penalty or structured, which "
+                "change the sampled distribution; null turns this limit off"
             )

@@ -28,7 +28,7 @@ class RecordedResponses:
     """Replaces a rollout pool."""
 
     async def places(self, responses: int) -> int:
-        raise NotImplementedError("nothing is sampled, so nobody waits for a place")
+        raise NotImplementedError("nothing is sampled, so there are no slots to wait for")
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
         yield [recorded_group(request.prompt, request.id, request.step) for request in requests]

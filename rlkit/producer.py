@@ -74,9 +74,9 @@ class Producer:
             while True:
                 most = len(self._again) or self.most_at_once
                 if self.waits_for_places:
-                    async with self._waiting("an engine that takes another group", 3):
+                    async with self._waiting("an engine with room for another group", 3):
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
-                async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
+                async with self._waiting("room in the buffer, for the next step or to replace rejected groups", 4):
                     steps = await self.buffer.reserve(most)
                 stream = self.rollout.generate(self._requests(steps))  # called here, so that `places` counts them
                 working.create_task(self._sample(stream, working))
@@ -105,7 +105,7 @@ class Producer:
     def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
         """`times`: how many times a step's time limit; a step, its evaluation and its checkpoint may each take one."""
         limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
-        what = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
+        what = f"{what} ({self.started} groups requested, {len(self._open)} of them not yet in the buffer)"
         return waiting("the producer", what, times * self.step_timeout_seconds, limit)
 
     def _requests(self, steps: Sequence[int]) -> list[GroupRequest]:
@@ -194,4 +194,4 @@ async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
     error = next(task.exception() for task in background if task.done())
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    raise error or RuntimeError("a background task ended although it should not")
+    raise error or RuntimeError("a background task ended unexpectedly")

@@ -54,7 +54,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     if rollout.steps != "none" and not tokenizer.is_fast:
         raise DataError(
             f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
-            "(for the places of tokens in the text); leave rollout.steps=none"
+            "(for the positions of tokens in the text); use rollout.steps=none"
         )
     for doubt in _doubts(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer)):
         tracker.warn(doubt)
@@ -98,7 +98,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     per_step = config.trainer.prompts_per_step
     if len(train) < per_step:
         tracker.warn(
-            f"{len(train)} training questions for {per_step} in a step (trainer.prompts_per_step): each is "
+            f"{len(train)} training questions, but {per_step} prompts per step (trainer.prompts_per_step): each is "
             f"asked {per_step / len(train):.3g} times in every step"
         )
     judges: list[tuple[type[Reward], RewardConfig]] = []
@@ -112,8 +112,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if samples else {}
     if from_data and samples and not judged:
         raise DataError(
-            "evaluation.generate=true: no held-out problem has the gold answer that the verifier needs; leave it out, "
-            "or name a verifier that judges without one (verifier=NAME)"
+            "evaluation.generate=true: no held-out problem has the gold answer that the verifier needs; leave the "
+            "option out, or name a verifier that judges without one (verifier=NAME)"
         )
     recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
     if not samples and not recorded:
@@ -193,8 +193,8 @@ def _heldout(
         if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
             tracker.warn(f"{known} of the {len(judged)} problems of evaluation.sets.{name} are also trained on")
     if OWN not in heldout:
-        whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
-        tracker.warn(f"no held-out problem with a gold answer{whole}")
+        whole = "" if heldout else ": this run is not evaluated (another verifier=NAME may judge without one)"
+        tracker.warn(f"no held-out problem has a gold answer{whole}")
     return heldout
 
 

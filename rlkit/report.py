@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
         prog="rlkit report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", type=Path, help="the file (RUN's name with .html, in this folder)")
-    parser.add_argument("--max-mb", type=float, default=MEGABYTES, help=f"its size, at most ({MEGABYTES:g})")
+    parser.add_argument("--out", type=Path, help="the file to write (default: RUN's name with .html, in this folder)")
+    parser.add_argument("--max-mb", type=float, default=MEGABYTES, help=f"largest size in MB (default: {MEGABYTES:g})")
     return parser
 
 

@@ -29,7 +29,7 @@ def _rescore(arguments: list[str]) -> int:
 
     run, options = split_off_subject(arguments)
     if run is None:
-        raise ConfigError([ConfigIssue("rescore", "names no run: python -m rlkit.rescore RUN reward=NAME")])
+        raise ConfigError([ConfigIssue("rescore", "no run given: python -m rlkit.rescore RUN reward=NAME")])
     rescoring = load_rescoring(run, options)
     if rescoring.config.dry_run:
         print(f"{rescoring.file} would be written; nothing was started (dry_run=true).")

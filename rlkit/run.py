@@ -198,7 +198,7 @@ async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
 
 
 async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:
-    tracker.phase(f"going on from {point.checkpoint.path}")
+    tracker.phase(f"resuming from {point.checkpoint.path}")
     for notice in point.notices:
         tracker.warn(notice)
     async with waiting("the start", f"{point.checkpoint.path} to be restored", *_startup(trainer.config)):

@@ -65,8 +65,8 @@ class SaveSchedule:
         if self.seen or name in metrics:
             return None
         near = get_close_matches(name, metrics, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(metrics))}"
-        return f"trainer.best_metric={name}: no step or evaluation gives such a metric, so no best is kept; {hint}"
+        hint = f"did you mean {near[0]}?" if near else f"the metrics are {', '.join(sorted(metrics))}"
+        return f"trainer.best_metric={name}: no step or evaluation reports it, so no best checkpoint is kept; {hint}"
 
     def state_dict(self) -> dict[str, Any]:
         best = None if self.best is None else [self.best.step, self.best.value]

@@ -77,7 +77,7 @@ def _refuse_what_is_sent_already(run: RecordedRun, config: TrackerConfig) -> Non
     own = (run.config.get("tracking") or {}).get("trackers") or ()
     kinds = [tracker.get("kind") if isinstance(tracker, dict) else tracker for tracker in own]
     if config.kind in kinds and run.goes_on():
-        raise UserError(f"{run.folder} goes on and sends to {config.name} itself; sync it when it has ended")
+        raise UserError(f"{run.folder} is still running and sends to {config.name} itself; sync it when it has ended")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def train(arguments: list[str]) -> int:
 
 def _template_doubts(resolved: ResolvedRun) -> list[str]:
     if missing := lacking_for_training("torch", "transformers", "ray"):
-        return [f"whether episodes can be played with the model's chat template was not tried: {missing[0]}"]
+        return [f"could not check whether episodes can be played with the model's chat template: {missing[0]}"]
     from rlkit.prompts import template_doubts
 
     return template_doubts(resolved)

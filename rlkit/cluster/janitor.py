@@ -71,7 +71,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
             _kill(left)
         time.sleep(0.2)
     if left:
-        sys.exit(f"rlkit: {folder} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
+        sys.exit(f"rlkit: {folder} is kept, because processes of the run are still alive after {SECONDS:g} s: {left}")
     for file in (*Path("/dev/shm").glob(f"sem.rlkit-{token}-*"), *shared):
         file.unlink(missing_ok=True)
     if ending != ORDERLY and logs.parent.is_dir():

@@ -87,7 +87,7 @@ def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str
         if free is None:
             per_node = ", ".join(f"{nodes.count(node)}" for node in left)
             raise NoRoomError(
-                f"Ray reserved {bundles} GPUs on {len(left)} nodes ({per_node}), and {len(wide)} engines of "
+                f"Ray reserved {bundles} GPUs on {len(left)} nodes ({per_node}), but {len(wide)} engines of "
                 f"{len(indices)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one "
                 "node. Try cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
                 "rollout.tensor_parallel_size"

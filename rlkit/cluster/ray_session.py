@@ -83,7 +83,7 @@ def _start(token: str, **options: Any) -> None:
                 raise
             if trial == 2:
                 raise UserError(
-                    "Ray did not start in time, twice: this machine is very busy, or out of memory; try again"
+                    "Ray timed out twice while starting: this machine is very busy, or out of memory; try again"
                 ) from error
             end_processes(token)  # the part of Ray that had started
 
@@ -93,7 +93,7 @@ def _refuse_open_doors() -> None:
     if mode.lower() != "token":
         raise UserError(
             f"{AUTHENTICATION}={mode} would let every user of this machine run code as you through the Ray that this "
-            f"run starts; unset it (or {AUTHENTICATION}=token). A Ray that you started yourself is joined as it is: "
+            f"run starts; unset it (or {AUTHENTICATION}=token). To join a Ray that you started yourself: "
             "cluster.address=HOST:6379"
         )
 

@@ -53,7 +53,7 @@ class Wait:
         try:
             return self.what()
         except Exception as error:  # a failing description must not keep the deadline from acting
-            return f"what cannot be said ({type(error).__name__}: {error})"
+            return f"something that cannot be described ({type(error).__name__}: {error})"
 
     @property
     def lasted(self) -> float:
@@ -144,7 +144,7 @@ class Watchdog:
                 if wait.lasted > wait.seconds + (GRACE_SECONDS if wait.cancels else 0.0):
                     self._end(wait, waits)
             if any(wait.lasted >= self._due(wait) for wait in waits):
-                self._report("waiting long: " + "; ".join(map(str, waits)))
+                self._report("still waiting: " + "; ".join(map(str, waits)))
                 for wait in waits:
                     if wait.lasted >= NEARLY_DUE * self._due(wait):
                         wait.reported = wait.lasted
@@ -163,7 +163,7 @@ class Watchdog:
             self._say(line)
         except Exception as error:
             with self._stacks.open("a") as file:
-                file.write(f"{line}\n(could not be said: {type(error).__name__}: {error})\n")
+                file.write(f"{line}\n(could not be reported: {type(error).__name__}: {error})\n")
 
     def _end(self, wait: Wait, waits: list[Wait]) -> None:
         """End the process: the event loop is blocked, or a library call does not return."""
@@ -171,7 +171,7 @@ class Watchdog:
             with self._stacks.open("a") as file:
                 faulthandler.dump_traceback(file=file)
             self._report(
-                f"the process is ended, because it hangs: {wait}. Waiting at that moment: "
+                f"this process hangs and is being ended: {wait}. Waiting at that moment: "
                 f"{'; '.join(map(str, waits))}. The stacks of its threads are in {self._stacks}"
             )
         finally:

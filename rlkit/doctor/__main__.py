@@ -27,7 +27,7 @@ def _doctor(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     for word in arguments:
-        raise ConfigError([ConfigIssue(word, "rlkit doctor takes nothing")])
+        raise ConfigError([ConfigIssue(word, "rlkit doctor takes no arguments")])
     extra = "cuda" if has_gpu() else "cpu"
     packages, machine = list(package_findings(extra)), list(machine_findings(torch_build()))
     print(f"rlkit {rlkit.__version__}, {checkout() or 'installed'} ({sys.prefix})")

@@ -32,7 +32,7 @@ def machine_findings(build: str | None) -> Iterator[Finding]:
     tried = sys.version_info[:2] == TRIED_PYTHON
     yield _judged("Python", platform.python_version(), "" if tried else "; rlkit was tried with 3.11")
     here = f"{platform.system()} {platform.machine()}"
-    yield _judged("system", here, "" if here == "Linux x86_64" else "; runs were tried on Linux x86_64 alone")
+    yield _judged("system", here, "" if here == "Linux x86_64" else "; runs were tried only on Linux x86_64")
     yield from gpu_findings(build)
     yield from _memory()
     yield _open_files()
@@ -71,7 +71,7 @@ def gpu_findings(build: str | None) -> Iterator[Finding]:
         return
     newest = re.search(r"CUDA Version:\s*(\d+)", _said(["nvidia-smi"]) or "")
     if newest and int(newest[1]) < int(build.partition(".")[0]):
-        text = f"for CUDA {newest[1]}, and torch was built for {build}: a newer driver is needed"
+        text = f"for CUDA {newest[1]}, but torch was built for {build}: a newer driver is needed"
         yield Finding("driver", text, "lacks")
         return
     counted = _said([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], CUDA_SECONDS)
@@ -91,15 +91,15 @@ def _memory() -> Iterator[Finding]:
         yield _judged("/dev/shm", size_text(shared), few)
     for folder in dict.fromkeys((Path.cwd(), Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free
-        few = "" if free >= DISK else "; checkpoints and Ray's session want 5 GiB"
+        few = "" if free >= DISK else "; checkpoints and Ray's session need 5 GiB"
         yield _judged("disk", f"{size_text(free)} free in {folder}", few)
 
 
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = "any number" if hard == resource.RLIM_INFINITY else hard
+    most = "unlimited" if hard == resource.RLIM_INFINITY else hard
     few = "" if hard == resource.RLIM_INFINITY or hard >= FILES else f"; Ray wants {FILES} or more (limits.conf)"
-    return _judged("open files", f"{soft}, and {most} at most", few)
+    return _judged("open files", f"{soft} (hard limit: {most})", few)
 
 
 def _loopback() -> Finding:
@@ -108,8 +108,8 @@ def _loopback() -> Finding:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        return Finding("loopback", f"no port of 127.0.0.1 can be opened and reached: {error}", "lacks")
-    return Finding("loopback", "ports of 127.0.0.1 open and answer")
+        return Finding("loopback", f"no port on 127.0.0.1 can be opened and reached: {error}", "lacks")
+    return Finding("loopback", "ports on 127.0.0.1 open and answer")
 
 
 def _bubblewrap() -> Finding:

@@ -89,7 +89,7 @@ def install_lines(extra: str) -> list[str]:
 def package_findings(extra: str) -> Iterator[Finding]:
     """Yield the findings on packages. `extra`: `cpu` or `cuda`, depending on the machine."""
     wrong = list(_compared(requirements()))
-    yield from wrong or [Finding("core", f"{len(requirements())} packages, all of a version that rlkit names")]
+    yield from wrong or [Finding("core", f"{len(requirements())} packages, all at versions that rlkit specifies")]
     listed = {canonicalize_name(requirement.name): requirement for requirement in requirements(extra)}
     yield _shown(listed.pop(NormalizedName("torch")))
     yield from _torch_build(extra)
@@ -146,14 +146,14 @@ def _torch_build(extra: str) -> Iterator[Finding]:
         return
     text = "for CPUs" if build == "cpu" else f"for CUDA {build}"
     if extra == "cuda" and build == "cpu":
-        yield Finding("torch's build", f"{text}, and this machine has a GPU: pip uninstall -y torch", "lacks")
+        yield Finding("torch's build", f"{text}, but this machine has a GPU: pip uninstall -y torch", "lacks")
     elif extra == "cpu" and build != "cpu":
-        yield Finding("torch's build", f"{text}, which works without a GPU and takes gigabytes more", "note")
+        yield Finding("torch's build", f"{text}, which works without a GPU but takes gigabytes more", "note")
     else:
         yield Finding("torch's build", text)
     broken = [name for name in BUILT_WITH_TORCH if (there := installed(name)) and "+cpu" not in there]
     if build == "cpu" and broken:
-        text = f"for CUDA, which breaks `import transformers` beside this torch: pip uninstall -y {' '.join(broken)}"
+        text = f"for CUDA, which breaks `import transformers` with this torch: pip uninstall -y {' '.join(broken)}"
         yield Finding(", ".join(broken), text, "lacks")
 
 
@@ -166,8 +166,8 @@ def _compiled() -> Iterator[Finding]:
     if without and forbidden:
         site = next(iter(without.values())).parents[1]
         text = (
-            "not compiled, and no process may keep what it compiles (PYTHONDONTWRITEBYTECODE, or a folder that cannot "
-            f"be written): each of a run's takes twice as long to start. {sys.executable} -m compileall -q -j 0 {site}"
+            "not compiled, and no process can save what it compiles (PYTHONDONTWRITEBYTECODE, or a folder that is not "
+            f"writable): each of a run's takes twice as long to start. {sys.executable} -m compileall -q -j 0 {site}"
         )
         yield Finding(", ".join(without), text, "note")
 

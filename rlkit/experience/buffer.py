@@ -214,9 +214,9 @@ class ExperienceBuffer:
             )
         if explained == "all_wrong":
             raise TooManyRejectedError(
-                f"{counted}in {verdicts['all_wrong']} of them every response is wrong, so nothing can be learnt: take "
-                "easier problems, begin with a better policy (python -m rlkit.sft), or see whether the reward can read "
-                "the answers: without the filter (buffer.drop_equal_rewards=false, ...) samples.jsonl shows them"
+                f"{counted}in {verdicts['all_wrong']} of them every response is wrong, so nothing can be learnt: use "
+                "easier problems, start from a better policy (python -m rlkit.sft), or check whether the reward can "
+                "read the answers: without the filter (buffer.drop_equal_rewards=false, ...) samples.jsonl shows them"
             )
         seen = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in sorted(verdicts.items()))
         raise TooManyRejectedError(

@@ -26,8 +26,8 @@ def lacking_for_training(*packages: str) -> list[str]:
         return []
     verb = "is" if len(missing) == 1 else "are"
     return [
-        f"{', '.join(missing)} {verb} not installed; training, and whatever runs a model, needs rlkit[cpu] or "
-        "rlkit[cuda]: rlkit doctor prints the line that installs it on this machine"
+        f"{', '.join(missing)} {verb} not installed; training, and anything that runs a model, needs rlkit[cpu] or "
+        "rlkit[cuda]: rlkit doctor prints the command that installs it on this machine"
     ]
 
 

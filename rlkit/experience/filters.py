@@ -43,7 +43,7 @@ class BufferConfig(Section):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.drop_truncated and self.truncated == "mask":
-            raise ValueError("drop_truncated is the older form of truncated=drop_group; set truncated alone")
+            raise ValueError("drop_truncated is the older form of truncated=drop_group; set only truncated")
         return self
 
     @property

@@ -123,7 +123,7 @@ def check_failures(report: ScoreReport, max_failed_share: float, reward: str) ->
         f"{report.failed} of {report.samples} samples ({report.failed / report.samples:.0%}) got no score from "
         f"{reward} in one step, more than reward.max_failed_share={max_failed_share:g} allows:\n"
         + "\n".join(causes)
-        + "\nRepair the cause, or raise reward.max_failed_share if training without these samples is meant."
+        + "\nFix the cause, or raise reward.max_failed_share to train without these samples on purpose."
     )
 
 
@@ -148,7 +148,9 @@ def _check(score: Any, tokens: int) -> Score:
     if not isinstance(score, Score):
         return Score.invalid(f"wrong_type: {_describe(score)} instead of a Score")
     if not isinstance(score.reason, str) or not isinstance(score.trace, str):
-        return Score.invalid(f"wrong_type: reason and trace are texts, not {_describe((score.reason, score.trace))}")
+        return Score.invalid(
+            f"wrong_type: reason and trace must be texts, not {_describe((score.reason, score.trace))}"
+        )
     numbers = [*score.components.values(), *score.ensemble, *([] if score.value is None else [score.value])]
     for number in numbers:
         if not isinstance(number, Real):
@@ -238,7 +240,7 @@ def with_broken(scores: GroupScores | None, original: Group) -> GroupScores:
     if scores is not None and len(scores.samples) == len(original.samples):
         return scores
     places = [i for i, sample in enumerate(original.samples) if not _broke(sample)]
-    alone = Score.invalid("environment: broke for the others of the group, and too few are left to compare")
+    alone = Score.invalid("environment: broke for the other samples of the group, and too few are left to compare")
     own = GroupScores((alone,) * len(places)) if scores is None else scores
     judged = dict(zip(places, own.samples, strict=True))
     whole = tuple(judged.get(i) or Score.invalid(_broke(sample)) for i, sample in enumerate(original.samples))

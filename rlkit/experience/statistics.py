@@ -65,7 +65,7 @@ def expected_choice(values: Values, scores: Values, k: int) -> float:
     """
     n = len(values)
     if k > n:
-        raise ValueError(f"the best of {k} responses needs as many; there are {n}")
+        raise ValueError(f"the best of {k} responses needs at least {k}; there are {n}")
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(np.asarray(scores)[order], return_index=True)
     bounds = [*starts.tolist(), n]
@@ -97,7 +97,7 @@ def expected_majority(answers: Sequence[Hashable | None], values: Values, k: int
     """
     n = len(values)
     if k > n:
-        raise ValueError(f"the majority of {k} responses needs as many; there are {n}")
+        raise ValueError(f"the majority of {k} responses needs at least {k}; there are {n}")
     worth: dict[Hashable, list[float]] = {}
     for answer, value in zip(answers, values.tolist(), strict=True):
         worth.setdefault(answer, []).append(value)

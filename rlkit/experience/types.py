@@ -139,7 +139,7 @@ class Sample:
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but a mask of {len(self.mask)}")
         ends = [0, *(segment.end for segment in self.segments)]
         if self.segments and (ends[:-1] != [segment.start for segment in self.segments] or ends[-1] != len(self)):
-            raise ValueError(f"sample {self.index}: its segments do not follow each other up to its {len(self)} tokens")
+            raise ValueError(f"sample {self.index}: its segments do not cover its {len(self)} tokens without gaps")
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -57,7 +57,7 @@ def _finite(columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 def _forward(span: Span) -> Span:
     if span.start < 0 or span.end < 0:
-        raise ValueError("start and end are at least 0")
+        raise ValueError("start and end must be at least 0")
     return span
 
 
@@ -285,7 +285,7 @@ def _check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UnsendableError(f"{what} is no valid Unicode: {error}") from error
+        raise UnsendableError(f"{what} is not valid Unicode: {error}") from error
 
 
 def _printable(text: str) -> str:

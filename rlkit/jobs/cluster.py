@@ -71,8 +71,8 @@ class Cluster:
         for job in jobs:
             if name in (run_name(job), job.submission_id):
                 return job
-        known = ", ".join(dict.fromkeys(run_name(job) for job in jobs[:10])) or "none at all"
-        raise ClusterError(f"{self.address} has no job of a run named {name}; it has: {known}")
+        known = ", ".join(dict.fromkeys(run_name(job) for job in jobs[:10])) or "none"
+        raise ClusterError(f"{self.address} has no job of a run named {name}; its runs: {known}")
 
     def details(self, job_id: str) -> Any:
         return self.ask(self.client.get_job_info, job_id)
@@ -101,15 +101,15 @@ def connect(configured: str | None) -> Cluster:
     try:
         client = Client(address)
     except AuthenticationError as error:
-        reason = "does not accept this token" if "Authentication failed" in str(error) else "asks for a token"
+        reason = "does not accept this token" if "Authentication failed" in str(error) else "requires a token"
         raise ClusterError(f"cluster.address={address} {reason}: {TOKEN_HELP}") from error
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ClusterError(f"cluster.address={address}: Ray's job server does not answer ({_reason(error)})") from error
     version = client._server_ray_version
     if version != ray.__version__:
         raise ClusterError(
-            f"cluster.address={address} runs Ray {version}, here is Ray {ray.__version__}: install the cluster's, "
-            f"pip install 'ray[default]=={version}', or start the cluster with {ray.__version__}"
+            f"cluster.address={address} runs Ray {version}, but Ray {ray.__version__} is installed here: install the "
+            f"cluster's, pip install 'ray[default]=={version}', or start the cluster with {ray.__version__}"
         )
     return Cluster(address, client, token)
 
@@ -123,8 +123,8 @@ def dashboard_address(configured: str | None) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClusterError(
-            f"cluster.address={text} is no address of a dashboard; write http://HOST:8265 (port 6379 and ray:// are "
-            "other doors of the cluster)"
+            f"cluster.address={text} is not the address of a dashboard; write http://HOST:8265 (port 6379 and ray:// "
+            "lead to other services of the cluster)"
         )
     return url.rstrip("/")
 
@@ -175,7 +175,7 @@ def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
     try:
         job = asyncio.run(_follow(cluster, job_id, give_up_seconds))
     except KeyboardInterrupt:
-        say(f"no longer following; job {job_id} goes on.")
+        say(f"no longer following; job {job_id} continues.")
         for word in ("logs", "stop"):
             say(f"  {_command(cluster, word, job_id)}")
         return INTERRUPTED
@@ -200,7 +200,7 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
     def note_answer() -> None:
         nonlocal answered, failures
         if failures:
-            say("connected again")
+            say("reconnected")
         answered, failures = time.monotonic(), 0
 
     while True:
@@ -223,11 +223,11 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
             silent = time.monotonic() - answered
             if silent > give_up_seconds:
                 raise ClusterError(
-                    f"no answer from {cluster.address} for {silent:.0f} s ({error}). The job goes on if the cluster "
-                    f"lives; follow it again: {_command(cluster, 'logs', job_id)}"
+                    f"no answer from {cluster.address} for {silent:.0f} s ({error}). The job continues if the cluster "
+                    f"is still up; to follow it again: {_command(cluster, 'logs', job_id)}"
                 ) from error
             if not failures:
-                say(f"connection lost ({type(error).__name__}); the job goes on, trying again")
+                say(f"connection lost ({type(error).__name__}); the job continues, trying again")
             await asyncio.sleep(PAUSES[min(failures, len(PAUSES) - 1)])
             failures += 1
 
@@ -265,9 +265,9 @@ def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
     """Stop a job and wait for its end. Raises ClusterError if it does not end."""
     job = cluster.job(name)
     if job.status.is_terminal():
-        return say(f"{run_name(job)} ({job.submission_id}) has ended already: {job.status.value.lower()}")
+        return say(f"{run_name(job)} ({job.submission_id}) has already ended: {job.status.value.lower()}")
     cluster.ask(cluster.client.stop_job, job.submission_id)
-    say(f"stopping {run_name(job)} ({job.submission_id}); what it leaves is in its run folder")
+    say(f"stopping {run_name(job)} ({job.submission_id}); its files stay in its run folder")
     # As set when the job was submitted.
     variables = (job.runtime_env or {}).get("env_vars") or {}
     deadline = time.monotonic() + float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", stop_seconds)) + KILL_SECONDS

@@ -51,7 +51,7 @@ def demands(run: ResolvedRun) -> list[Demand]:
 def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
     """Return what the cluster lacks for the run, and what only slows it down."""
     if not nodes:
-        return ["the cluster has no node that is alive"], []
+        return ["the cluster has no live node"], []
     lacking, slow = [], []
     unplaced = _unplaced(demanded, nodes)
     if unplaced:
@@ -63,7 +63,7 @@ def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str
         )
     threads, cpus = sum(d.count * d.threads for d in demanded), sum(node.cpus for node in nodes)
     if threads > cpus:
-        slow.append(f"the run's actors use up to {threads} CPU threads, the cluster has {cpus:g} CPUs: they share them")
+        slow.append(f"the run's actors use up to {threads} CPU threads, which share the cluster's {cpus:g} CPUs")
     return lacking, slow
 
 

@@ -49,17 +49,17 @@ ADDRESS = "cluster.address"
 CONFIG_IN_ARCHIVE = "submitted_config.yaml"
 ELSEWHERE = " (here; the job looks for it on the cluster)"
 USAGE = """\
-[bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[what rlkit.train takes ...] \\[submit.key=value ...]
+[bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[rlkit.train's arguments] \\[submit.key=value ...]
 [bold]python -m rlkit.submit[/] status|logs|stop NAME cluster.address=http://HOST:8265
 [bold]python -m rlkit.submit[/] list cluster.address=http://HOST:8265
 
-  NAME is the name of the run folder, or the job's id. cluster.address is the dashboard's; RAY_API_SERVER_ADDRESS
-  stands in for it. Exit code: the job's; 1 if it could not be followed or submitted, 2 for a wrong configuration,
-  130 after Ctrl-C, 143 for a job that was stopped.
+  NAME is the name of the run folder, or the job's id. cluster.address is the dashboard's address;
+  RAY_API_SERVER_ADDRESS can give it instead. Exit code: the job's; 1 if it could not be followed or submitted, 2 for a
+  wrong configuration, 130 after Ctrl-C, 143 for a job that was stopped.
   dry_run=true checks configuration, upload and cluster, and submits nothing.
 """
 NO_TOKEN = (
-    "the cluster answers without a token: whoever reaches its ports can run code on it. Start it with "
+    "the cluster answers without a token: anyone who reaches its ports can run code on it. Start it with "
     "RAY_AUTH_MODE=token (ray get-auth-token --generate), and keep the dashboard on 127.0.0.1"
 )
 
@@ -229,7 +229,7 @@ def resume_warnings(config: RunConfig) -> list[str]:
         point = find_resume(config)
     except ConfigError as error:
         return [f"{problem.where}: {problem.message}" for problem in error.problems]
-    return [] if point is None else [f"resume: goes on from {point.checkpoint.path}", *point.notices]
+    return [] if point is None else [f"resume: continues from {point.checkpoint.path}", *point.notices]
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
@@ -243,14 +243,12 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
     for line in [*slow, *(lacking if autoscaling else [])]:
         say(f"warning: {line}")
     if lacking and not autoscaling:
-        raise ClusterError(
-            f"{'; '.join(lacking)}. (If the cluster adds nodes when asked for them: submit.autoscaling=true)"
-        )
+        raise ClusterError(f"{'; '.join(lacking)}. (If the cluster adds nodes on demand: submit.autoscaling=true)")
     folder = str(checked.run.config.run_dir)
     for job in cluster.jobs():
         if not job.status.is_terminal() and (job.metadata or {}).get(RUN_FOLDER) == folder:
             raise ClusterError(
-                f"job {job.submission_id} is running in run_dir={folder} already: name another folder, or end it with "
+                f"job {job.submission_id} is already running in run_dir={folder}: name another folder, or end it with "
                 f"python -m rlkit.submit stop {run_name(job)} cluster.address={cluster.address}"
             )
 
@@ -316,8 +314,8 @@ def _print_plan(run: ResolvedRun) -> None:
     try:
         print(plan_text(plan(run)))
     except ModelFolderError as error:
-        say(f"no plan from here: {error}")
-    say("configuration and cluster fit; nothing was submitted (dry_run=true)")
+        say(f"no plan can be made here: {error}")
+    say("configuration and cluster fit together; nothing was submitted (dry_run=true)")
 
 
 def _send(checked: Checked, cluster: Cluster) -> str:
@@ -349,7 +347,7 @@ def _about_jobs(word: str, rest: list[str]) -> int:
     problems = [*arguments.problems, *(ConfigIssue(text, f"has no effect with {word}") for text in arguments.overrides)]
     if len(names) != (word != "list"):
         problems.append(
-            ConfigIssue(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id")
+            ConfigIssue(word, "takes no name" if word == "list" else "takes one name: a run's name or a job's id")
         )
     if problems:
         raise ConfigError(problems)

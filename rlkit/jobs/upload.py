@@ -49,7 +49,7 @@ class Upload:
         for name, size in _largest(self.too_large):
             lines.append(f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)")
         rest = len(self.too_large) - SHOWN
-        return [*lines, f"not uploaded: {rest} more files of that size"] if rest > 0 else lines
+        return [*lines, f"not uploaded: {rest} more files above submit.max_file_mib"] if rest > 0 else lines
 
 
 def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_upload_mib: float) -> Upload:

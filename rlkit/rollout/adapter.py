@@ -41,7 +41,7 @@ class EngineAdapter:
         for architecture in json.loads((Path(model_path) / "config.json").read_text()).get("architectures", ()):
             known = ModelRegistry.models.get(architecture)
             if known is not None and not supports_lora(known.load_model_cls()):
-                raise UserError(f"vLLM runs {architecture} without adapters: use model.lora.publish=merged")
+                raise UserError(f"vLLM does not support adapters for {architecture}: use model.lora.publish=merged")
         size = next(size for size in SIZES if size >= self.lora.rank)
         names = adapted_names(model_path, self.lora)
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": size, "lora_target_modules": names}

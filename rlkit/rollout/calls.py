@@ -184,7 +184,7 @@ def call_format(name: str, tools: Sequence[Tool], tokenizer: PreTrainedTokenizer
         "hermes": Hermes(), "llama": Llama(), "mistral": Mistral(), "tags": Tags(tools)
     }  # fmt: skip
     if name not in formats:
-        raise UserError(f"environment.calls={name}: there are {', '.join(formats)}, auto, and vllm:NAME")
+        raise UserError(f"environment.calls={name}: unknown; choose {', '.join(formats)}, auto or vllm:NAME")
     return formats[name]
 
 

@@ -126,7 +126,7 @@ class Conversation:
     def observed(self, bridge: Bridge, messages: Sequence[Message]) -> bool:
         """Add the environment's answer to the last turn; if it would leave no token for the next, return False."""
         if self._answer is not None or not self._turns:
-            raise RuntimeError("an observation that answers no turn")
+            raise RuntimeError("an observation that does not answer a turn")
         if len(self._ids) - bridge.drop + len(bridge.ids) >= self._limit:
             return False
         self._answer = bridge, messages[-1].role if messages else "user"

@@ -171,7 +171,7 @@ class Server:
     def _session(self, request: Request) -> Session:
         token = request.path_params["token"]
         if token not in self._sessions:
-            raise RefusedError("the episode of this address has ended", "episode_ended", 410)
+            raise RefusedError("the episode at this address has ended", "episode_ended", 410)
         return self._sessions[token]
 
     async def _models(self, request: Request) -> Response:
@@ -194,7 +194,7 @@ class Server:
         call = self._read(_Generate, body, within="sampling_params")
         if unknown := set(call.sampling_params.stop_token_ids or ()) - self._stops:
             names = ", ".join(map(str, sorted(unknown)))
-            raise RefusedError(f"stop_token_ids: {names} end no turn of this policy", "unsupported")
+            raise RefusedError(f"stop_token_ids: no turn of this policy ends with {names}", "unsupported")
         most = call.sampling_params.max_tokens
         answer = await session.generate(b"generate " + body, _retried(request), call.token_ids, most)
         response = answer.response
@@ -217,7 +217,7 @@ class Server:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RefusedError(wrong, "invalid_request") from error
         except ValueError as error:
-            raise RefusedError(f"the body is no JSON: {error}", "invalid_request") from error
+            raise RefusedError(f"the body is not JSON: {error}", "invalid_request") from error
         fields |= fields.get(within) or {}
         for name, neutral in NEUTRAL.items():
             if fields.get(name) is not None and fields[name] not in neutral:
@@ -225,7 +225,7 @@ class Server:
         ignored = {name for name in OF_THE_RUN if fields.get(name) is not None} - self._ignored
         if ignored:
             self._ignored |= ignored
-            log.warning("calls of agents set %s: of no effect, the run decides", ", ".join(sorted(ignored)))
+            log.warning("agents' calls set %s, which has no effect: the run decides", ", ".join(sorted(ignored)))
         return call
 
     def _completion(self, call: _Chat, answer: Answer) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _call(call: _Call, number: int) -> ToolCall:
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise RefusedError(f"messages.{number}: arguments of {call.function.name!r} are no JSON object", "invalid")
+        raise RefusedError(f"messages.{number}: arguments of {call.function.name!r} are not a JSON object", "invalid")
     return ToolCall(call.function.name, arguments, call.id)
 
 

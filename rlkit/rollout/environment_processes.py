@@ -142,7 +142,7 @@ class ProcessHost:
         else:
             alive = self._workers[index]
             if alive is None or key not in alive.episodes:
-                details = "the process of the environment ended between two turns"
+                details = "the environment's process ended between two turns"
                 raise EpisodeFailedError("died", details, innocent=key not in self._suspects)
             worker = alive
         number = next(self._numbers)
@@ -180,15 +180,17 @@ class ProcessHost:
                 tools = await _read(reader)
         except (TimeoutError, EOFError, OSError) as error:
             await asyncio.to_thread(end, [process])
-            why = f"was not ready after {self.startup:g} s" if isinstance(error, TimeoutError) else "ended at its start"
-            raise UserError(f"environment: {name} {why}; what it printed is in {log}") from error
+            why = (
+                f"was not ready after {self.startup:g} s" if isinstance(error, TimeoutError) else "ended while starting"
+            )
+            raise UserError(f"environment: {name} {why}; its output is in {log}") from error
         if isinstance(tools, str):
             await asyncio.to_thread(end, [process])
-            raise UserError(f"environment: {name} cannot be prepared: {tools}; what it printed is in {log}")
+            raise UserError(f"environment: {name} cannot be prepared: {tools}; its output is in {log}")
         if self.tools and (different := changes(self.tools, tools)):
             await asyncio.to_thread(end, [process])
             raise ToolsChangedError(
-                f"environment: {name} offers other tools than the first one, which the prompts describe: {different}"
+                f"environment: {name} has different tools from the first one, which the prompts describe: {different}"
             )
         self.tools = self.tools or tools
         worker.reading = asyncio.create_task(self._receive(index, worker, reader))

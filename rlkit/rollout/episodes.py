@@ -89,7 +89,7 @@ class _Playing:
         if self.prompt is None:
             self.prompt = replace(self.request.prompt, messages=messages, token_ids=tuple(token_ids))
         elif self.prompt.token_ids != tuple(token_ids):
-            details = "reset() began otherwise for the same task and seed, and the samples of a group are compared"
+            details = "reset() began differently for the same task and seed, but samples of a group must be comparable"
             raise EpisodeFailedError("openings_differ", details, again=False)
 
 
@@ -210,7 +210,7 @@ class Episodes:
                 return Episode("turns", success=success, metrics=metrics)
             said = _observation(step)
             if not said:
-                details = "step() neither ends the episode nor says anything to go on with"
+                details = "step() neither ends the episode nor says anything to continue with"
                 raise EpisodeFailedError("wrong_type", details, again=False)
             said = [renderer.shortened(message, options.max_observation_tokens) for message in said]
             goes_on = (
@@ -271,7 +271,7 @@ class Episodes:
         if session.fault is not None:
             raise session.fault
         if not played.conversations:
-            raise EpisodeFailedError("nothing_sampled", "run() returned without an answer of the model", again=False)
+            raise EpisodeFailedError("nothing_sampled", "run() returned without an answer from the model", again=False)
         answer, finish_reason = session.last()
         said = _observation(step)
         played.of_agent, played.last = step, (said[-1].content if said else answer, finish_reason)

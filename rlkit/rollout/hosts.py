@@ -134,11 +134,13 @@ def checked_step(step: Any) -> Step:
     numbers = {"reward": step.reward, **step.metrics}
     for name, number in numbers.items():
         if not isinstance(number, Real):
-            raise EpisodeFailedError("wrong_type", f"{name} of a Step is {_described(number)}, no number", again=False)
+            raise EpisodeFailedError(
+                "wrong_type", f"{name} of a Step is {_described(number)}, not a number", again=False
+            )
         if not math.isfinite(number):
             raise EpisodeFailedError("not_finite", f"{name} of a Step is {number}", again=False)
     if not isinstance(step.state, str | None):
-        raise EpisodeFailedError("wrong_type", f"state of a Step is {_described(step.state)}, no text", again=False)
+        raise EpisodeFailedError("wrong_type", f"state of a Step is {_described(step.state)}, not text", again=False)
     return replace(
         step,
         observation=_checked(step.observation, "step"),
@@ -157,7 +159,7 @@ def _checked(said: Any, method: str) -> tuple[Message, ...]:
     wrong = [part for part in parts if not plain and not isinstance(part, Message)]
     wrong += [part.content for part in parts if isinstance(part, Message) and not isinstance(part.content, str)]
     if wrong:
-        details = f"{method}() says {_described(wrong[0])}; it may be a text, a Message or a list of Messages"
+        details = f"{method}() says {_described(wrong[0])}, not text, a Message or a list of Messages"
         raise EpisodeFailedError("wrong_type", details, again=False)
     return tuple(replace(m, content=encodable(m.content)) for m in as_messages(said))
 

@@ -206,9 +206,9 @@ class RolloutPool:
                     await worker.arrival.remote()
             except (RayActorError, RayTaskError) as error:
                 raise WeightsNotLoadedError(
-                    f"rollout worker {index} {_end_of(error)} while the learner was sending it weights, which cannot "
-                    f"go on without one of its ends: {_cause_of(error)}. Its log: {self._log(index)}. resume=auto "
-                    "goes on from the newest checkpoint"
+                    f"rollout worker {index} {_end_of(error)} while the learner was sending it weights, and a "
+                    f"transfer needs both ends: {_cause_of(error)}. Its log: {self._log(index)}. resume=auto continues "
+                    "from the newest checkpoint"
                 ) from error
 
         await asyncio.gather(*(one(index, worker) for index, worker in ready.items()))
@@ -315,7 +315,7 @@ class RolloutPool:
         who = f"rollout worker {index}"
         agreement = proof.accept(who, published, receipt, checksum, canary_tolerance(self.config))
         if proof is not self._proofs[index]:
-            raise WeightsNotLoadedError(f"{who} died when it had confirmed version {published.version}")
+            raise WeightsNotLoadedError(f"{who} died after it had confirmed version {published.version}")
         worker.admit.remote()  # the worker hands nothing over before
         self.health[index] = self.health[index].confirmed(published.version)
         return agreement
@@ -335,7 +335,7 @@ class RolloutPool:
                 if self.health[index].state is State.GIVEN_UP:
                     raise self._out_of_restarts(index, cause) from cause
                 lost = f"rollout worker {index} {_end_of(cause)}"
-                log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _cause_of(cause))
+                log.warning("%s and is being replaced; its prompts are sampled again: %s", lost, _cause_of(cause))
                 self._end(worker)  # it may merely be unreachable, and would keep its GPU
                 worker = self._make(index)
                 self._proofs[index] = Proof()

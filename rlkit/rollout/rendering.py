@@ -14,11 +14,11 @@ from rlkit.experience import Message, ToolCall, UserError
 from rlkit.rollout.calls import NAMES, OF_VLLM, CallFormat, call_format
 
 REMEDY = (
-    "name a template that leaves earlier turns as they were (model.chat_template=<file>), or set its variables so "
+    "use a template that leaves earlier turns unchanged (model.chat_template=<file>), or set its variables to do so "
     "(model.chat_template_arguments)"
 )
 RERENDER = (
-    ", or let it render the conversation anew for every turn, whose tokens then are rows of their own "
+    ", or have the conversation rendered again for every turn, whose tokens then form rows of their own "
     "(environment.history=rerender)"
 )
 _ASKS = Message("user", "Hi")
@@ -144,11 +144,11 @@ class Renderer:
         """Return why episodes cannot be played with this template, with the remedy."""
         problems = [self._message(role) for role in (["tool"] if self.tools else ["user"]) if role in self.breaks]
         if self.tools and not problems and self.reader is None:
-            how = f"as {self._written_call!r}, which no known format reads" if self._written_call else "in no way"
+            written = self._written_call
+            how = f"writes tool calls as {written!r}, which no known format reads" if written else "writes no calls"
             names = ", ".join(NAMES)
             problems.append(
-                f"the chat template writes calls of tools {how}: environment.calls names their format ({names}, or "
-                "vllm:NAME)"
+                f"the chat template {how}: name their format with environment.calls ({names}, or vllm:NAME)"
             )
         return problems
 
@@ -167,7 +167,7 @@ class Renderer:
     def _message(self, role: str) -> str:
         where = {"system": "with a system message", "tool": "after a tool's answer"}.get(role, "after a user's answer")
         anew = self.history == "append" and role != "system" and self._unreadable(role) is None
-        return f"the chat template cannot go on {where}: {self.breaks[role]}; {REMEDY}{RERENDER if anew else ''}"
+        return f"the chat template cannot continue {where}: {self.breaks[role]}; {REMEDY}{RERENDER if anew else ''}"
 
     @cached_property
     def breaks(self) -> dict[str, str]:
@@ -323,7 +323,7 @@ class Renderer:
         places = [place for stop in self._stops.values() if (place := rest.find(stop)) >= 0]
         if not places:
             stops = ", ".join(map(repr, self._stops.values()))
-            raise RenderingError(f"it does not end a turn with {stops}, as the policy does, but so: {rest[:60]!r}")
+            raise RenderingError(f"it does not end a turn with {stops}, as the policy does, but writes {rest[:60]!r}")
         return min(places)
 
     @cached_property
@@ -353,4 +353,4 @@ def _difference(before: str, after: str) -> str:
     start = next((i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), None)
     start = min(len(before), len(after)) if start is None else start
     begin = max(0, start - 20)
-    return f"{before[begin : start + 30]!r} becomes {after[begin : start + 30]!r} once the conversation goes on"
+    return f"{before[begin : start + 30]!r} becomes {after[begin : start + 30]!r} once the conversation continues"

@@ -224,7 +224,9 @@ def _response(output: Any) -> Response:
     spans = completion.weight_versions
     reason = completion.finish_reason
     if reason == "error":
-        raise UserError(f"vLLM failed at request {output.request_id}; its log says why (a grammar that is too large?)")
+        raise UserError(
+            f"vLLM failed on request {output.request_id}; its log says why (perhaps the grammar is too large)"
+        )
     return Response(
         id=output.request_id,
         token_ids=np.array(completion.token_ids, dtype=np.int32),

@@ -197,7 +197,7 @@ class Session:
             raise self._failed(EpisodeFailedError("too_long", details, again=False))
         if len(self._turns) >= self._options.max_turns:
             self.spent, turns = "turns", self._options.max_turns
-            raise RefusedError(f"the episode's turns are spent (environment.max_turns={turns})", "turns_spent")
+            raise RefusedError(f"the episode's turns are used up (environment.max_turns={turns})", "turns_spent")
         return turn
 
     def _failed(self, fault: Exception) -> RefusedError:
@@ -217,11 +217,11 @@ class Session:
         if granted < 1:
             self.spent = "tokens"
             why = (
-                "rollout.max_response_tokens holds for all turns of a conversation together"
+                "rollout.max_response_tokens limits all turns of a conversation together"
                 if turn.limit <= len(turn.prompt)
-                else "learner.tokens_per_microbatch holds for all its conversations together"
+                else "learner.tokens_per_microbatch limits all its conversations together"
             )
-            raise RefusedError(f"the episode's tokens are spent ({why})", "context_length_exceeded")
+            raise RefusedError(f"the episode's tokens are used up ({why})", "context_length_exceeded")
         self._room -= cost + granted
         return granted
 

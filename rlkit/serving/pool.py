@@ -122,7 +122,7 @@ class RewardPool:
         worker = await self._turn()
         try:
             reason = ""
-            for then in ("the call is repeated, by a new process if need be", "its samples are invalid"):
+            for then in ("the call is retried, in a new process if necessary", "its samples are invalid"):
                 try:
                     return await self._score_once(worker, chosen, refs)
                 except _Broken as broken:
@@ -147,18 +147,20 @@ class RewardPool:
             calls = math.ceil(self._queued / len(self._workers))
             seconds = calls * 2 * (self.config.timeout_seconds + 2 * self._startup_timeout)
             limit = f"{2 * calls} x (reward.timeout_seconds + 2 x {STARTUP})"
-            async with self._waiting(lambda: f"its turn, as call {calls} of a worker; {self._busy()}", seconds, limit):
+            async with self._waiting(
+                lambda: f"its turn, as number {calls} in a worker's queue; {self._busy()}", seconds, limit
+            ):
                 return await self._idle.get()
         finally:
             self._queued -= 1
 
     def _busy(self) -> str:
         busy = [
-            f"worker {worker['worker']} (pid {worker['pid']}) works for {worker['busy_seconds']:.1f} s"
+            f"worker {worker['worker']} (pid {worker['pid']}) has been busy for {worker['busy_seconds']:.1f} s"
             for worker in self.health()
             if worker["busy_seconds"] is not None
         ]
-        return ", ".join(busy) or "no worker scores"
+        return ", ".join(busy) or "no worker is scoring"
 
     def _waiting(
         self, what: str | Callable[[], str], seconds: float, limit: str = "reward.timeout_seconds"
@@ -305,14 +307,14 @@ class RewardPool:
             await self._start(worker)
             worker.restarts += 1
             if self._followed is not None:
-                async with self._waiting(f"{worker} to take the policy's weights", self._startup_timeout, STARTUP):
+                async with self._waiting(f"{worker} to load the policy's weights", self._startup_timeout, STARTUP):
                     await worker.actor.follow.remote(self._followed)
         except (RewardFailed, RayError) as error:
             self._kill(worker)
-            raise _Broken(f"crash: the worker could not be started again: {_first_line(error)}") from error
+            raise _Broken(f"crash: the worker could not be restarted: {_first_line(error)}") from error
         except WaitedTooLongError:
             self._kill(worker)
-            raise _Broken("crash: the new worker did not take the policy's weights in time") from None
+            raise _Broken("crash: the new worker did not load the policy's weights in time") from None
 
     async def _start(self, worker: WorkerState) -> None:
         """Start a worker; on failure it is killed, and RewardFailed names the cause."""

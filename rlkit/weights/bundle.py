@@ -124,7 +124,7 @@ class WeightDigest:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor. Raises ValueError for a name that was added before."""
         if name in self._sums:
-            raise ValueError(f"the weights {name} came twice")
+            raise ValueError(f"the weights {name} arrived twice")
         self._sums[name] = TensorMeta(name, tensor.dtype, tuple(tensor.shape)), _condensed(tensor)
 
     def hexdigest(self) -> str:

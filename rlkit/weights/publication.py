@@ -146,12 +146,12 @@ class Proof:
     def _check_parameters(self, what: str, receipt: WeightReceipt) -> None:
         loaded = receipt.loaded
         if loaded is None:
-            raise WeightsNotLoadedError(f"{what} was announced, and the engine loaded nothing")
+            raise WeightsNotLoadedError(f"{what} was announced, but the engine loaded nothing")
         if loaded.unwritten:
             raise WeightsNotLoadedError(
-                f"{what} did not reach every parameter of the engine, whose old ones would stay: "
-                f"{', '.join(loaded.unwritten)} (elements written). The learner sends other names than this model has "
-                "in vLLM, or leaves tensors out"
+                f"{what} did not reach every parameter of the engine; these would stay old: "
+                f"{', '.join(loaded.unwritten)} (elements written). The learner's names differ from this model's in "
+                "vLLM, or it leaves tensors out"
             )
         if self.last is None or self.last.loaded is None:
             return
@@ -161,7 +161,7 @@ class Proof:
         # arrived, because of shards, repacked copies and values that vLLM derives.
         if loaded.arrived != before.arrived and loaded.held == before.held:
             raise WeightsNotLoadedError(
-                f"{what} arrived and is not what version {self.last.version} was, yet the engine's parameters are "
+                f"{what} arrived and differs from version {self.last.version}, yet the engine's parameters are "
                 "unchanged to the last bit: it kept the old weights"
             )
 
@@ -171,7 +171,7 @@ class Proof:
         change = change_shown((self.learners, published.wanted), (self.samplers, receipt.canary_logprobs))
         if change is not None and not change >= LEAST_CHANGE_SHOWN:
             raise WeightsNotLoadedError(
-                f"{who}: with version {published.version} the learner's log-probs of the canary prompts changed, and "
+                f"{who}: with version {published.version} the learner's log-probs of the canary prompts changed, but "
                 f"the sampler's show {change:.0%} of that change: it still samples with older weights"
             )
         return change
@@ -182,4 +182,4 @@ def _cause(sampler: np.ndarray, learner: np.ndarray) -> str:
         return "the learner's are not finite, so look for NaN in the weights of model.path, or a diverged policy"
     if not np.isfinite(sampler).all():
         return "the sampler's are not finite"
-    return "it does not sample from the policy that is trained"
+    return "it does not sample from the policy being trained"

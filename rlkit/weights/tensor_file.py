@@ -67,13 +67,13 @@ def _pieces(metas: Sequence[TensorMeta], tensors: Iterable[tuple[str, Tensor]]) 
     for meta in metas:
         name, tensor = next(arriving, ("nothing", torch.empty(0)))
         if TensorMeta(name, tensor.dtype, tuple(tensor.shape)) != meta:
-            raise ValueError(f"{meta} was to be written and {name} ({tensor.dtype}, {tuple(tensor.shape)}) came")
+            raise ValueError(f"expected {meta}, but {name} ({tensor.dtype}, {tuple(tensor.shape)}) arrived")
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         for chunk in flat.split(CHUNK_BYTES):
             if chunk.numel():
                 yield memoryview(chunk.cpu().numpy())
     for name, _ in arriving:  # this also runs a generator to its end
-        raise ValueError(f"{name} came after the last tensor that was announced")
+        raise ValueError(f"{name} arrived after the last announced tensor")
 
 
 def _header(metas: Sequence[TensorMeta]) -> bytes:

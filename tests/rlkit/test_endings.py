@@ -43,7 +43,7 @@ def test_cause_and_how_to_go_on(folder: RunFolder, error: BaseException, cause: 
     save(folder, 10)
     assert ending(error, folder).splitlines() == [
         f"rlkit: {cause}",
-        f"To go on after step 10: the same command with run_dir='{folder.path}' resume=auto",
+        f"To continue after step 10, use the same command with run_dir='{folder.path}' resume=auto",
     ]
 
 

@@ -184,7 +184,7 @@ def test_a_process_that_dies_in_mid_episode_is_replaced_without_a_trace(
         run = start(placement, *options, *dies, "environment.retries=1")
         assert run.end() == 0, run.text
         assert died.exists()
-        assert ("rollout worker 0 died and is replaced" in run.text) == (placement == "inline")
+        assert ("rollout worker 0 died and is being replaced" in run.text) == (placement == "inline")
         assert run.records("samples") == undisturbed.records("samples")
         assert run.left_after(10) == []
 

@@ -64,7 +64,7 @@ def test_a_worker_that_dies_is_replaced_without_a_trace(kind: str, start: Callab
     assert what_it_learnt(run) == what_it_learnt(undisturbed)
     assert run.records("samples") == undisturbed.records("samples")
     if kind == "RolloutWorker":
-        assert "rollout worker 0 died and is replaced" in run.text
+        assert "rollout worker 0 died and is being replaced" in run.text
     assert run.left_after(10) == []
 
 

@@ -148,7 +148,7 @@ def test_a_run_that_waits_says_for_whom_and_ends_with_the_cause(start: Start) ->
     run.wait_for_steps(1)
     actor(run, "RolloutWorker").suspend()
     assert run.end(120) == 1, run.text
-    lines = [line for line in run.text.splitlines() if line.startswith("waiting long: ")]
+    lines = [line for line in run.text.splitlines() if line.startswith("still waiting: ")]
     assert 2 <= len(lines) <= 6, run.text
     worker = r"for rollout worker 0 to (sample \d of 4 groups: \d{8} of prompt \S+|answer `prepare`)"
     assert all(re.search(f"the rollout pool {worker}", line) for line in lines), lines

@@ -56,7 +56,7 @@ class Access:
         if credentials and same_token(credentials.credentials, self._token):
             return None
         headers = {"WWW-Authenticate": "Bearer", **CLOSE}
-        return _error(401, "this server wants its token: Authorization: Bearer ...", headers)
+        return _error(401, "this server requires its token: Authorization: Bearer ...", headers)
 
 
 def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASGIApp:
@@ -97,9 +97,9 @@ def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASG
 async def _body(request: Request, limit: int) -> bytes:
     """Read the body. Raises HTTPException before reading more than `limit` bytes."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "this server reads application/json")
+        raise HTTPException(415, "this server accepts only application/json")
     body, length = bytearray(), request.headers.get("content-length", "0")
-    too_large = f"a request has at most {limit} bytes (serve.max_body_mib); send fewer groups at once"
+    too_large = f"a request may have at most {limit} bytes (serve.max_body_mib); send fewer groups at once"
     if not (length.isascii() and length.isdigit()) or int(length) > limit:
         raise HTTPException(413, too_large)
     async for chunk in request.stream():

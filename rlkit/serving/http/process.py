@@ -80,14 +80,14 @@ class RewardProcess:
         try:
             self._spawn()
         except OSError as error:  # no file descriptors or no memory left
-            raise RewardFailed(f"reward {target} cannot start: no process for it ({error})") from error
+            raise RewardFailed(f"reward {target} cannot start: no process could be created ({error})") from error
         self._starts += 1
         try:
             answer = await self._exchange(None, self._startup_timeout)
         except TimeoutError:
             raise RewardFailed(f"reward {target} was not ready after {self._startup_timeout:g} s") from None
         except EOFError:
-            raise RewardFailed(f"reward {target} cannot start: its process died; see what it printed") from None
+            raise RewardFailed(f"reward {target} cannot start: its process died; see its output") from None
         if isinstance(answer, str):
             self.kill()
             raise RewardFailed(f"reward {target} cannot start: {answer}")
@@ -118,7 +118,7 @@ class RewardProcess:
         try:
             scored, report = await self._exchange(list(groups), min(self._timeout, client_seconds))
         except TimeoutError:
-            limit = f"reward.timeout_seconds={self._timeout:g} of the server"
+            limit = f"the server's reward.timeout_seconds={self._timeout:g}"
             if client_seconds < self._timeout:
                 limit = f"the {client_seconds:.3g} s that were left until its client gave up"
             raise WorkerBrokenError(f"timeout: no answer within {limit}") from None

@@ -46,7 +46,7 @@ class ServerMetrics:
         self.batch_samples = Histogram(
             "rlkit_batch_samples", "Samples scored together", buckets=(1, 4, 16, 64, 256, 1024), registry=self.registry
         )
-        self.queued = Gauge("rlkit_queued_samples", "Samples that wait", registry=self.registry)
+        self.queued = Gauge("rlkit_queued_samples", "Samples waiting", registry=self.registry)
 
     def count_failures(self, failures: Mapping[str, int]) -> None:
         for reason, count in failures.items():
@@ -119,7 +119,7 @@ class ScoringQueue:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for job in self._jobs:
-            _fail(job, BusyError("the server ends", 5))
+            _fail(job, BusyError("the server is shutting down", 5))
         self._jobs.clear()
         await asyncio.gather(*(worker.close() for worker in self.workers))
 
@@ -129,7 +129,7 @@ class ScoringQueue:
         if not groups:
             return []
         if self._queued_samples and self._queued_samples + samples > self.limits.queued_samples:
-            raise BusyError(f"{self._queued_samples} samples wait already", self._retry_seconds(), status=429)
+            raise BusyError(f"{self._queued_samples} samples are already waiting", self._retry_seconds(), status=429)
         job = _Job(
             groups,
             samples,
@@ -163,7 +163,7 @@ class ScoringQueue:
                     _fail(job, BusyError(f"the server failed: {type(error).__name__}: {error}", 5))
             finally:
                 for job in jobs:  # only if cancelled: the others have a result
-                    _fail(job, BusyError("the server ends", 5))
+                    _fail(job, BusyError("the server is shutting down", 5))
 
     async def _next(self) -> list[_Job]:
         """Wait for the oldest job, and take those after it that fit into the same call."""

@@ -32,9 +32,9 @@ from rlkit.serving.http.process import RewardProcess, model_version
 from rlkit.serving.http.queue import BatchLimits, ScoringQueue, ServerMetrics
 
 USED = {
-    "reward": "the reward to serve, with its fields (reward.workers: how many processes score side by side)",
+    "reward": "the reward to serve, with its fields (reward.workers: how many processes score in parallel)",
     "serve": "the server; its keys are listed below",
-    "seed": "given to the reward",
+    "seed": "passed to the reward",
     "dry_run": "validate only",
 }
 KEEP_ALIVE_SECONDS = 60
@@ -122,7 +122,8 @@ class _ServeLoading(Loading):
         contracts = {"reward": CONTRACTS["reward"]}
         super().__init__(used, None, folder=conf_dir(), schema=_ServeRun, contracts=contracts)
         self.problems += [
-            ConfigIssue(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
+            ConfigIssue(argument, f"has no effect in rlkit.serve; keys that do: {', '.join(USED)}")
+            for argument in refused
         ]
         if not {"reward", "reward._target_"} & set(self.overrides.typed):
             self.problems.append(
@@ -151,7 +152,8 @@ class _ServeLoading(Loading):
             self.problems += [ConfigIssue(where, message) for message in part.cls.check(part.config)]
             if part.cls.traits(part.config).environment:
                 message = (
-                    f"{part.cls.__name__} judges episodes as they were played, which are not sent; use it in the run"
+                    f"{part.cls.__name__} judges episodes as they were played, and these are not sent; use it in the "
+                    "run"
                 )
                 self.problems.append(ConfigIssue(where, message))
         serve = self.available.get("serve")
@@ -222,7 +224,9 @@ async def _serve(resolved: ResolvedServe, listener: socket.socket) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     name = resolved.reward[TARGET]
     if resolved.learns:
-        print(f"rlkit: {name} learns in a run of its own; served, it stays as it is and only scores", file=sys.stderr)
+        print(
+            f"rlkit: {name} learns only within a run; when served, it stays as it is and only scores", file=sys.stderr
+        )
     print(f"loading {name}", flush=True)
     queue, description = _queue(resolved), _description(resolved)
     server = _Server(

@@ -207,7 +207,7 @@ def test_a_run_learns_from_the_server_what_its_reward_needs(tmp_path: Path) -> N
 def test_a_reward_that_learns_is_served_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server = Server(tmp_path / "log.txt", "reward._target_=served_rewards.SlowToLearn").ready()
     try:
-        assert "learns in a run of its own; served, it stays as it is" in server.text
+        assert "learns only within a run; when served, it stays as it is" in server.text
         reward = client(server.url)
         assert "it stays as it is and only scores" in caplog.text
         assert outcomes(reward, make_group("g", ["x"])) == [0.0]

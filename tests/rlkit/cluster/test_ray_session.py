@@ -48,4 +48,4 @@ def test_a_node_that_does_not_come_up_in_time_is_started_once_more(tmp_path: Pat
 
 
 def test_one_that_never_does_is_said(tmp_path: Path) -> None:
-    assert "UserError: Ray did not start in time, twice: this machine is very busy" in started(tmp_path, 2).stderr
+    assert "UserError: Ray timed out twice while starting: this machine is very busy" in started(tmp_path, 2).stderr

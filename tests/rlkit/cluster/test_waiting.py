@@ -67,7 +67,7 @@ def test_a_wait_that_cannot_say_what_it_is_for_ends_all_the_same() -> None:
             await asyncio.sleep(60)
 
     with pytest.raises(
-        WaitedTooLongError, match=r"the pool waited more than .*=0\.1 s for what .* \(KeyError: 'gone'\)"
+        WaitedTooLongError, match=r"the pool waited more than .*=0\.1 s for something that .* \(KeyError: 'gone'\)"
     ):
         asyncio.run(wait())
 
@@ -90,7 +90,7 @@ def test_a_screen_in_trouble_does_not_stop_the_watchdog(
         asyncio.run(two_waits(outer=10, inner=10, body=1.5))
     assert len(asked) >= 2, "it goes on after the first report"
     if trouble == "closed":
-        assert (tmp_path / "driver.log").read_text().startswith(asked[0] + "\n(could not be said: BrokenPipeError")
+        assert (tmp_path / "driver.log").read_text().startswith(asked[0] + "\n(could not be reported: BrokenPipeError")
 
 
 def test_long_waits_are_reported_in_one_line_at_growing_intervals(
@@ -105,7 +105,7 @@ def test_long_waits_are_reported_in_one_line_at_growing_intervals(
     assert 0.2 <= said[0][0] < said[1][0] < said[2][0]
     assert said[2][0] - said[1][0] > 1.5 * (said[1][0] - said[0][0])
     for _, line in said:
-        assert line.startswith("waiting long: step 4 for groups, update and new weights (0.")
+        assert line.startswith("still waiting: step 4 for groups, update and new weights (0.")
         assert "; the rollout pool for rollout worker 1: 00000003" in line
     assert said[0][1].count("00000007") == 1 and "00000007" not in said[2][1], "what is left is asked for each report"
 
@@ -146,7 +146,7 @@ def test_the_line_is_on_the_screen_and_in_the_runs_log(
     ):
         asyncio.run(two_waits(outer=4, inner=4, body=0.6))
     for text in (screen.getvalue(), (folder.logs / "console.log").read_text()):
-        assert " ".join(text.split()).count("waiting long: step 4 for groups, update and new weights") == 2, text
+        assert " ".join(text.split()).count("still waiting: step 4 for groups, update and new weights") == 2, text
 
 
 PROGRAM = """
@@ -187,8 +187,8 @@ def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_th
         [sys.executable, "-c", program, str(stacks)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert re.search(rf"the process is ended, because it hangs: .* for {who} ", done.stdout), done.stdout
-    assert "waiting long: " in done.stdout
+    assert re.search(rf"this process hangs and is being ended: .* for {who} ", done.stdout), done.stdout
+    assert "still waiting: " in done.stdout
     assert "library_call_that_never_returns" in stacks.read_text()
 
 

@@ -211,7 +211,7 @@ def test_a_dry_run_refuses_a_template_with_which_no_episode_goes_on(
     assert dry_run(tmp_path, *COUNTING) == 0
     assert dry_run(tmp_path, *COUNTING, f"model.chat_template={forgetful}") == 1
     shown = capsys.readouterr().err
-    assert "cannot go on after a user's answer" in shown and "model.chat_template=<file>" in shown
+    assert "cannot continue after a user's answer" in shown and "model.chat_template=<file>" in shown
     assert dry_run(tmp_path, "reward=rule", f"model.chat_template={forgetful}") == 0
 
 
@@ -221,7 +221,7 @@ def test_a_template_is_asked_for_what_the_environment_does(
     """Tools that are known only once it has started are tools; and an agent's come with its calls."""
     words = ("environment=tools", "environment.tools=[calculator]", "reward=rule", f"model.chat_template={forgetful}")
     assert dry_run(tmp_path, *words) == 0
-    assert "warning: the chat template cannot go on after a user's answer" in capsys.readouterr().err
+    assert "warning: the chat template cannot continue after a user's answer" in capsys.readouterr().err
     agent = ("environment._target_=own_agents.Calculating", "data=environment", "reward=environment")
     assert dry_run(tmp_path, *agent, "verifier=environment", f"model.chat_template={forgetful}") == 0
     assert "warning" not in capsys.readouterr().err

@@ -202,7 +202,7 @@ def test_data_without_answers_are_evaluated_by_sets_alone_or_by_another_judge(lo
     )
     counts, warnings = prompts_of(load(*plain))
     assert counts == {}
-    assert any("this run is not evaluated (verifier=NAME may judge" in line for line in warnings)
+    assert any("this run is not evaluated (another verifier=NAME may judge" in line for line in warnings)
     counts, _ = prompts_of(load(*plain, "verifier=length", "verifier.max_tokens=9", f"run_dir={tmp_path / 'b'}"))
     assert counts == {"": 2}
     counts, warnings = prompts_of(

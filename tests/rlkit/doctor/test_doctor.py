@@ -153,7 +153,7 @@ def test_gpus_and_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (cards,) = machine.gpu_findings(None)
     assert cards.text.startswith("2 x One, 80000 MiB, 550.1")
     _, driver = machine.gpu_findings("13.0")
-    assert driver == Finding("driver", "for CUDA 12, and torch was built for 13.0: a newer driver is needed", "lacks")
+    assert driver == Finding("driver", "for CUDA 12, but torch was built for 13.0: a newer driver is needed", "lacks")
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

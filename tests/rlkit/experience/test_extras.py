@@ -27,7 +27,7 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     assert lacking_for_training("json", "sys") == []
     (message,) = lacking_for_training("json", "no_such_a", "no_such_b")
     assert message.startswith("no_such_a, no_such_b are not installed; ")
-    with pytest.raises(NotInstalledError, match=r"^no_such_a is not installed; .*: rlkit doctor prints the line"):
+    with pytest.raises(NotInstalledError, match=r"^no_such_a is not installed; .*: rlkit doctor prints the command"):
         refuse_without("json", "no_such_a")
 
 
@@ -47,7 +47,7 @@ def test_commands_without_what_trains(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HIDDEN, str(tmp_path), json.dumps(words)]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 1, 2, 1], done.stderr
-    assert "chat template was not tried: torch, transformers, ray are not installed" in done.stderr
+    assert "chat template: torch, transformers, ray are not installed" in done.stderr
     assert "rlkit: torch, transformers, ray, deepspeed, vllm, tensorboard are not installed; " in done.stderr
     assert "data.path=a/b: the package datasets is not installed: pip install 'rlkit[hf]'" in done.stderr
     assert "rlkit: the package ray is not installed: pip install 'rlkit[ray]'" in done.stderr

@@ -75,7 +75,7 @@ def test_masking_makes_truncated_samples_invalid_and_leaves_the_others() -> None
     assert group.scored()[0][1].reason.startswith("truncated: cut at rollout.max_response_tokens")
     whole = make_group("b", 1.0, 0.0)
     assert masked(whole) is whole
-    with pytest.raises(ValueError, match="set truncated alone"):
+    with pytest.raises(ValueError, match="set only truncated"):
         BufferConfig(drop_truncated=True, truncated="mask")
 
 

@@ -351,7 +351,7 @@ def test_gpus_that_are_missing() -> None:
     assert "a: 4, b: 3" in lacking[0]
     lacking, _ = missing([Demand("vLLM engine", 1, 1, 4.0)], [Node("a", 8, 2), Node("b", 8, 2)])
     assert "no room for 1 vLLM engine" in lacking[0], "an engine does not span nodes"
-    assert missing(wanted, [])[0] == ["the cluster has no node that is alive"]
+    assert missing(wanted, [])[0] == ["the cluster has no live node"]
 
 
 def test_shares_of_a_gpu_fit_into_one(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_few_cpus_only_warn(tmp_path: Path) -> None:
     run = load_config([*BASE, "cluster.threads_per_actor=4", f"run_dir={tmp_path / 'run'}"])
     lacking, slow = missing(demands(run), [Node("a", 2, 0)])
     assert lacking == []
-    assert "up to 9 CPU threads, the cluster has 2 CPUs" in slow[0]
+    assert "up to 9 CPU threads, which share the cluster's 2 CPUs" in slow[0]
 
 
 # The job

@@ -141,7 +141,7 @@ def test_every_line_comes_once_over_a_wire_that_is_cut(cluster: RayCluster, tmp_
     assert numbered == [f"line {i}" for i in range(lines)] * 2
     assert code == 7, err
     assert "connection lost" in err
-    assert "connected again" in err
+    assert "reconnected" in err
 
 
 def test_gives_up_when_the_cluster_stays_away(cluster: RayCluster) -> None:
@@ -203,7 +203,7 @@ def test_second_job_in_the_same_run_folder_is_refused(cluster: RayCluster) -> No
     job = cluster.client().submit("sleep 300", "twice")
     code, _, err = finish(submit_command(cluster, "reward=rule", "dry_run=true", "run_dir=/tmp/twice"))
     assert code == 1
-    assert f"job {job} is running in run_dir=/tmp/twice already" in err
+    assert f"job {job} is already running in run_dir=/tmp/twice" in err
     assert finish(submit_command(cluster, "stop", "twice"))[0] == 0
 
 

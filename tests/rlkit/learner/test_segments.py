@@ -170,5 +170,5 @@ def test_segments_are_whole_and_live_in_checkpoints() -> None:
     ]
     older = {key: value for key, value in to_json(sample).items() if key != "segments"}
     assert from_json(older).segments == (), "a checkpoint from before"
-    with pytest.raises(ValueError, match="segments do not follow each other"):
+    with pytest.raises(ValueError, match="segments do not cover"):
         replace(sample, segments=sample.segments[1:])

@@ -145,5 +145,5 @@ def test_an_engine_that_keeps_an_old_adapter_is_found(pool: RolloutPool, policie
 
 def test_a_model_that_vllm_runs_without_adapters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UserError, match=r"GPT2LMHeadModel without adapters: use model\.lora\.publish=merged"):
+    with pytest.raises(UserError, match=r"adapters for GPT2LMHeadModel: use model\.lora\.publish=merged"):
         EngineAdapter(LORA).options(str(tmp_path))

@@ -110,5 +110,5 @@ def test_nothing_sampled_and_two_observations() -> None:
         as_sample([conversation], 0, 0, Episode("failed", "died"))
     conversation.sampled(response([1]), "")
     assert conversation.observed(Bridge(0, [5]), [])
-    with pytest.raises(RuntimeError, match="answers no turn"):
+    with pytest.raises(RuntimeError, match="does not answer a turn"):
         conversation.observed(Bridge(0, [5]), [])

@@ -226,7 +226,7 @@ def test_budgets_are_the_policys_doing() -> None:
         return Step(reward=1.0)
 
     async def forgiving(model: Endpoint) -> Step:
-        with pytest.raises(openai.BadRequestError, match="spent"):
+        with pytest.raises(openai.BadRequestError, match="used up"):
             await run(model)
         return Step(reward=0.5)
 
@@ -249,7 +249,7 @@ def test_fields_that_cannot_be_had_are_refused_and_those_of_the_run_are_said(cap
             answer = await post(model, {**ASKS, **body})
             assert answer.status_code == 400 and why in answer.text
         tokens = {"token_ids": [3], "sampling_params": {"stop_token_ids": [77]}}
-        assert "77 end no turn" in (await post(model, tokens, "/inference/v1/generate")).text
+        assert "no turn of this policy ends with 77" in (await post(model, tokens, "/inference/v1/generate")).text
         async with client(model) as own:
             assert [m.id async for m in own.models.list()] == [model.model]
         fine: dict[str, Any] = {"n": 1, "stop": [], "temperature": 0.2, "seed": 3, "max_tokens": 1, "user": "me"}
@@ -261,7 +261,7 @@ def test_fields_that_cannot_be_had_are_refused_and_those_of_the_run_are_said(cap
     sample = table.play(run)
     (request,) = table.asked
     assert (request.temperature, request.max_tokens, len(sample)) == (1.0, 1, 1)
-    assert "calls of agents set seed, temperature: of no effect" in caplog.text
+    assert "agents' calls set seed, temperature, which has no effect" in caplog.text
 
 
 def test_a_stream_is_one_piece() -> None:

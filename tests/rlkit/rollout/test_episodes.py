@@ -304,12 +304,12 @@ def step_returning(value: Any) -> type[Environment]:
         (None, "wrong_type: step() returned NoneType None, not a Step"),
         ("text", "wrong_type: step() returned str 'text', not a Step"),
         (Step("a", math.nan), "not_finite: reward of a Step is nan"),
-        (Step("a", "1"), "wrong_type: reward of a Step is str '1', no number"),  # type: ignore[arg-type]
+        (Step("a", "1"), "wrong_type: reward of a Step is str '1', not a number"),  # type: ignore[arg-type]
         (Step("a", metrics={"x": math.inf}), "not_finite: x of a Step is inf"),
-        (Step(3), "wrong_type: step() says int 3; it may be a text, a Message or a list of Messages"),  # type: ignore[arg-type]
-        (Step([Message("user", None)]), "wrong_type: step() says NoneType None; it may be"),  # type: ignore[arg-type]
-        (Step("a", state=4), "wrong_type: state of a Step is int 4, no text"),  # type: ignore[arg-type]
-        (Step(), "wrong_type: step() neither ends the episode nor says anything to go on with"),
+        (Step(3), "wrong_type: step() says int 3, not text, a Message or a list of Messages"),  # type: ignore[arg-type]
+        (Step([Message("user", None)]), "wrong_type: step() says NoneType None, not text"),  # type: ignore[arg-type]
+        (Step("a", state=4), "wrong_type: state of a Step is int 4, not text"),  # type: ignore[arg-type]
+        (Step(), "wrong_type: step() neither ends the episode nor says anything to continue with"),
     ],
 )
 def test_what_a_step_may_not_be(value: Any, failure: str) -> None:

@@ -85,7 +85,7 @@ def test_the_format_of_calls_is_the_templates(name: str) -> None:
         ("Qwen3", False, "after a user's answer: it drops the thinking of earlier turns"),
         ("Qwen3, enable_thinking=false", False, "<think>"),
         ("DeepSeek-R1", False, "<think>"),
-        ("gpt-oss", False, "it does not end a turn with '<|return|>', '<|call|>', as the policy does, but so: "),
+        ("gpt-oss", False, "it does not end a turn with '<|return|>', '<|call|>', as the policy does, but writes "),
         ("Llama 2", True, "user and assistant take turns"),
         ("Gemma 2", True, "there is no role tool"),
         ("Phi-3", True, "it leaves out what a tool says"),

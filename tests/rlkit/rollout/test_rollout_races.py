@@ -278,7 +278,9 @@ def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
         assert all(health.may_sample(2) for health in pool.health)
 
     run(check())
-    assert re.search(rf"did not confirm its weights and is replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text)
+    assert re.search(
+        rf"did not confirm its weights and is being replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text
+    )
 
 
 @pytest.mark.parametrize("how", list(DOUBTS))

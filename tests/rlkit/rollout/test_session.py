@@ -267,7 +267,7 @@ def test_budgets_of_a_conversation_and_of_all_together() -> None:
     assert all(isinstance(answer, Answer) for answer in asyncio.run(at_once(7)))
     assert crowd.most_open == 3 and sum(len(row.prompt()) for row in crowd.conversations()) <= 200
     turns = Played(max_turns=2)
-    with pytest.raises(RefusedError, match="turns are spent"):
+    with pytest.raises(RefusedError, match="turns are used up"):
         asyncio.run(many_turns(turns.chat))
 
 
@@ -285,7 +285,7 @@ def test_an_opening_that_is_too_long_and_later_ones_that_may_be_longer() -> None
     async def later(played: Played) -> int:
         await played.chat(user("One?"))
         long = await played.chat(user("word " * 15))
-        with pytest.raises(RefusedError, match="tokens are spent"):
+        with pytest.raises(RefusedError, match="tokens are used up"):
             await played.chat(user("word " * 90))
         return len(long.prompt_ids)
 

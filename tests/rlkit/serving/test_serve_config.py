@@ -27,7 +27,7 @@ from rlkit.serving.http.run import load_serve_config
         (("reward=rule", "serve.token_env=NOT_SET"), "the environment has no NOT_SET"),
         (("reward=rule", "serve.host=0.0.0.0", "serve.token_env=SHORT"), "at least 16 ASCII characters"),
         (("reward=function", "reward.function=reward_functions.word"), "reward_functions has no word"),
-        (("reward=[math,environment]",), "judges episodes as they were played, which are not sent"),
+        (("reward=[math,environment]",), "judges episodes as they were played, and these are not sent"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_starts(

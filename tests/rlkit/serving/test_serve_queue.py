@@ -56,12 +56,12 @@ def test_a_server_out_of_descriptors_recovers(waiting: bool) -> None:
         try:
             if waiting:  # the call costs the process; its successor is started before the next request
                 with no_descriptors():
-                    with pytest.raises(BusyError, match="no process for it"):
+                    with pytest.raises(BusyError, match="no process could be created"):
                         await asyncio.wait_for(queue.score([misbehaving("die")], None), 20)
                     await asyncio.sleep(0.1)
             else:
                 worker.kill()
-                with no_descriptors(), pytest.raises(BusyError, match="no process for it"):
+                with no_descriptors(), pytest.raises(BusyError, match="no process could be created"):
                     await asyncio.wait_for(queue.score([make_group("a", ["one"])], None), 20)
             assert values(await asyncio.wait_for(queue.score([make_group("a", ["one two"])], None), 40)) == [2.0]
         finally:

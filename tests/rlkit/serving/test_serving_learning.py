@@ -162,7 +162,7 @@ def test_what_a_reward_waits_for_is_named(tmp_path: Path) -> None:
         told = await asyncio.wait_for(line(), 20)
         pid = pool.health()[0]["pid"]
         assert f"the reward pool (learning_reward.Learning) for reward worker 0 (pid {pid}) to score 1 batches" in told
-        assert f"its turn, as call 1 of a worker; worker 0 (pid {pid}) works for" in told
+        assert f"its turn, as number 1 in a worker's queue; worker 0 (pid {pid}) has been busy for" in told
         await asyncio.gather(*calls)
         assert open_waits() == []
 

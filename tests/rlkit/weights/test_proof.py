@@ -79,7 +79,7 @@ def accept(proof: Proof, version: int, report: Loaded | None) -> Agreement:
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        (None, "version 2 was announced, and the engine loaded nothing"),
+        (None, "version 2 was announced, but the engine loaded nothing"),
         (Loaded(("model.norm 0 of 64",), 2, 20), r"model\.norm 0 of 64 \(elements written\)"),
         (Loaded((), 2, 10), "unchanged to the last bit: it kept the old weights"),
     ],

@@ -286,7 +286,7 @@ def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightS
         assert not sending.done()
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        with pytest.raises(WeightsNotLoadedError, match=r"rollout worker 1 died while .* resume=auto goes on"):
+        with pytest.raises(WeightsNotLoadedError, match=r"rollout worker 1 died while .* resume=auto continues"):
             await sending
         return time.monotonic() - began
 

@@ -138,7 +138,7 @@ def test_the_checksum_finds_whatever_goes_wrong() -> None:
     assert len(found) == sum(tensor.numel() for tensor in weights.values()) + 6
     digest = WeightDigest()
     digest.add("a", weights["odd"])
-    with pytest.raises(ValueError, match="a came twice"):
+    with pytest.raises(ValueError, match="a arrived twice"):
         digest.add("a", weights["odd"])
 
 

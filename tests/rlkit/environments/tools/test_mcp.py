@@ -310,7 +310,7 @@ def test_tools_of_a_new_process_must_be_the_same(tmp_path: Path, monkeypatch: py
         assert worker is not None and gone(server)
         worker.process.kill()
         await host.close("1")
-        with pytest.raises(ToolsChangedError, match=r"process 0 offers other tools .*more is new"):
+        with pytest.raises(ToolsChangedError, match=r"process 0 has different tools .*more is new"):
             await repeatedly(lambda: opened(host, "2"))
         await host.stop()
 
