@@ -113,6 +113,8 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.buffer.load_state_dict(state)
         self.lost += [(name, step) for name, step, _ in self.flying]
         self.flying.clear()
+        if self.steps > self.version:  # saved after a step was trained: a resumed run begins the next one first
+            self.advance()
 
     @precondition(lambda self: self.version)
     @rule()
