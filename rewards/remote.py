@@ -101,7 +101,10 @@ class RemoteReward(Reward):
         token = _token(config.token_env)
         health = _wait_for_server(config.url, token, time.monotonic() + budget)
         if health.trainable:
-            log.warning("%s learns in a run of its own; served, it stays as it is and only scores", health.reward)
+            log.warning(
+                "%s can learn, but not on a server: here it only scores, with the weights it was started with",
+                health.reward,
+            )
         longest = SERVER_TRIES * health.call_timeout_seconds
         if budget < longest:
             log.warning(

@@ -56,7 +56,7 @@ def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str
     unplaced = _unplaced(demanded, nodes)
     if unplaced:
         have = ", ".join(f"{node.name}: {node.gpus:g}" for node in nodes)
-        asked = ", ".join(f"{d.count} {d.what}s with {d.gpus:g} each" for d in demanded if d.gpus)
+        asked = ", ".join(f"{d.count} x {d.what} with {d.gpus:g} GPU" for d in demanded if d.gpus)
         lacking.append(
             f"not enough GPUs: no room for {unplaced}. The run asks for {asked}; the cluster has {have}. "
             "Lower rollout.workers, learner.ranks or rollout.tensor_parallel_size, or add nodes"

@@ -111,7 +111,7 @@ class InlineHost:
         except (EpisodeFailedError, ToolsChangedError):
             raise
         except EnvironmentFailure as error:
-            raise EpisodeFailedError("failure", str(error) or "of the environment") from error
+            raise EpisodeFailedError("failure", str(error) or "the environment gave no reason") from error
         except Exception as error:
             log.debug("an environment raised", exc_info=True)
             raise EpisodeFailedError("exception", f"{type(error).__name__}: {error}") from error
