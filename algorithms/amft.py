@@ -76,7 +76,7 @@ class AMFT(GRPO):
             low, high = self.mu_bounds
             if not 0 <= low <= self.mu <= high <= 1:
                 raise ValueError(
-                    f"mu={self.mu:g} must lie within mu_bounds={low:g}, {high:g}, and those within 0 and 1"
+                    f"mu={self.mu:g} must be within mu_bounds={low:g}, {high:g}, and both bounds within 0 and 1"
                 )
             if self.aggregation != "token_mean":
                 raise ValueError("aggregation must be token_mean: both losses are means over their own tokens")

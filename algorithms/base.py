@@ -162,19 +162,22 @@ class Advantages:
         samples = [sample for group in experience.groups for sample in group.samples]
         who = f"{type(algorithm).__module__}.{type(algorithm).__name__}.advantages"
         if not len(samples) == len(self.tokens) == len(self.keep):
-            raise UserError(f"{who}: {len(samples)} samples, but {len(self.tokens)} rows and {len(self.keep)} keeps")
+            raise UserError(
+                f"{who}: {len(samples)} samples, but {len(self.tokens)} rows of tokens and "
+                f"{len(self.keep)} values of keep"
+            )
         for i, (sample, row) in enumerate(zip(samples, self.tokens, strict=True)):
             if len(sample) != len(row):
-                raise UserError(f"{who}: sample {i} has {len(sample)} response tokens, its advantages {len(row)}")
+                raise UserError(f"{who}: sample {i} has {len(sample)} response tokens, but {len(row)} advantages")
         for name, values in self.samples.items():
             if len(values) != len(samples):
                 raise UserError(f"{who}: {len(samples)} samples, but {len(values)} values of samples[{name!r}]")
         pairs = np.zeros((0, 2), dtype=np.int64) if self.pairs is None else self.pairs
         group = np.repeat(np.arange(len(experience.groups)), [len(g.samples) for g in experience.groups])
         if pairs.ndim != 2 or pairs.shape[1] != 2 or (pairs.size and not 0 <= pairs.min() <= pairs.max() < len(group)):
-            raise UserError(f"{who}: pairs must be sample numbers [P, 2] from 0 to {len(group) - 1}")
+            raise UserError(f"{who}: pairs must be [P, 2] sample numbers from 0 to {len(group) - 1}")
         if (group[pairs[:, 0]] != group[pairs[:, 1]]).any():
-            raise UserError(f"{who}: a pair has samples of two groups")
+            raise UserError(f"{who}: a pair has samples from two groups")
         for name, values in self.pair_values.items():
             if len(values) != len(pairs):
                 raise UserError(f"{who}: {len(pairs)} pairs, but {len(values)} values of pair_values[{name!r}]")

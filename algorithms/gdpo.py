@@ -58,7 +58,7 @@ def _components(experience: Experience, outcomes: Outcomes, names: Sequence[str]
         missing = [name for name in names if name not in score.components] if valid else []
         if missing:
             raise UserError(
-                f"algorithm.components: the reward gave a response to prompt {group.prompt.id} no component "
+                f"algorithm.components: the reward of a response to prompt {group.prompt.id} has no component "
                 f"{missing[0]}; it has {', '.join(score.components) or 'none'}"
             )
         rows.append([score.components.get(name, 0.0) for name in names])

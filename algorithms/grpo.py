@@ -42,7 +42,8 @@ class GRPO(SurrogateAlgorithm):
                 raise ValueError("estimator=passk and k=N go together; set both")
             if self.k is not None and self.k >= self.samples_per_prompt:
                 raise ValueError(
-                    f"k={self.k} must be below samples_per_prompt={self.samples_per_prompt}: else there is one subset"
+                    f"k={self.k} must be below samples_per_prompt={self.samples_per_prompt}: "
+                    "otherwise there is only one subset"
                 )
             if self.estimator in ("opo", "maxrl") and not self.normalize_by_std:
                 raise ValueError(f"normalize_by_std has no effect with estimator={self.estimator}")

@@ -187,8 +187,8 @@ class Preference(Algorithm):
         if ((labels < 0) | (labels > 1)).any():
             raise UserError(
                 f"algorithm.link={self.config.link} learns from labels between 0 (bad) and 1 (good), but there is a "
-                f"score of {labels[(labels < 0) | (labels > 1)][0]:g}; use a link of pairs (link=sigmoid), or a reward "
-                "that judges right or wrong"
+                f"score of {labels[(labels < 0) | (labels > 1)][0]:g}; use a link for pairs (link=sigmoid), or a "
+                "reward that judges answers right or wrong"
             )
         if "group" in self._takes:
             keep = np.zeros_like(keep)
@@ -317,8 +317,8 @@ class Preference(Algorithm):
             return
         if not abs(metrics["preference/loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, abs(expected)):
             log.warning(
-                "the first loss is %.4f where policy and reference are equal and theory gives %.4f: they do not agree "
-                "on log-probs (another precision or model), or the data were learnt before",
+                "the first loss is %.4f, but should be %.4f while policy and reference are equal: their log-probs "
+                "differ (another precision or model), or the policy has already learnt these data",
                 metrics["preference/loss"],
                 expected,
             )

@@ -107,7 +107,7 @@ class PreferenceConfig(AlgorithmConfig):
     def _fits_the_link(self) -> Self:
         link, frozen = f"link={self.link}", self.reference == "frozen"
         if self.link == "exo" and not self.label_smoothing:
-            raise ValueError("link=exo needs label_smoothing above 0 (published: 0.001): it takes its logarithm")
+            raise ValueError("link=exo needs label_smoothing above 0 (published: 0.001): the loss takes its logarithm")
         if self.link == "orpo" and (self.reference != "none" or not self.length_normalised):
             raise ValueError("link=orpo takes mean log-probs: set reference=none and length_normalised=true")
         if not frozen and link_parameters(self.link) & {"baseline", "shift"}:
@@ -115,9 +115,11 @@ class PreferenceConfig(AlgorithmConfig):
         if not frozen and self.labels == "agreement":
             raise ValueError("labels=agreement compares two rankings: set reference=frozen")
         if self.ld_alpha < 1 and (self.length_normalised or self.guide):
-            raise ValueError("ld_alpha weighs sums of log-ratios: not with length_normalised or a guide")
+            raise ValueError("ld_alpha weights sums of log-ratios: do not combine it with length_normalised or a guide")
         if self.guide is not None and (not frozen or self.length_normalised):
-            raise ValueError("guide weighs sums of log-ratios to a reference: set reference=frozen, and no means")
+            raise ValueError(
+                "guide weights sums of log-ratios to a reference: set reference=frozen and length_normalised=false"
+            )
         for name, (acts, otherwise) in self._effects().items():
             if not acts and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with {otherwise}")
@@ -172,9 +174,9 @@ def link_parameters(name: str) -> frozenset[str]:
     """Names of the parameters of a link. Raise ValueError if one of them cannot be supplied."""
     parameters = inspect.signature(find_link(name)).parameters
     if not {"chosen", "rejected"} <= set(parameters) and "scores" not in parameters:
-        raise ValueError("takes neither chosen and rejected nor scores")
+        raise ValueError("must take either chosen and rejected, or scores")
     known = sorted((OF_PAIRS if "chosen" in parameters else OF_SAMPLES) | OPTIONS | {"beta"})
     for parameter in parameters.values():
         if parameter.name not in known and parameter.default is inspect.Parameter.empty:
-            raise ValueError(f"wants {parameter.name}, which is none of {', '.join(known)}")
+            raise ValueError(f"takes {parameter.name}, which is not one of {', '.join(known)}")
     return frozenset(parameters)

@@ -53,14 +53,16 @@ class PRIME(SurrogateAlgorithm):
             if self.kl_in == "reward":
                 raise ValueError("kl_in=reward has no effect on PRIME's returns; use kl_in=loss")
             if self.mode != "strict" and self.estimator != "rloo":
-                raise ValueError(f"mode={self.mode} is about estimator=rloo; with {self.estimator} leave mode=strict")
+                raise ValueError(f"mode={self.mode} needs estimator=rloo; with {self.estimator}, leave mode=strict")
             if self.mode != "strict" and (self.process_coefficient, self.outcome_coefficient) != (1.0, 1.0):
-                raise ValueError(f"mode={self.mode} has coefficients of its own; leave both at 1")
+                raise ValueError(
+                    f"mode={self.mode} has its own coefficients; leave process_coefficient and outcome_coefficient at 1"
+                )
             if self.mode == "verl" and self.process_gamma != 1.0:
-                raise ValueError("mode=verl knows no discount; leave process_gamma=1")
+                raise ValueError("mode=verl has no discount; leave process_gamma=1")
             if self.mode == "official" and self.normaliser == "none":
                 raise ValueError(
-                    "mode=official with normaliser=none would need log-ratios without beta; leave a normaliser"
+                    "mode=official with normaliser=none would need log-ratios without beta; choose a normaliser"
                 )
             if self.process_coefficient == self.outcome_coefficient == 0:
                 raise ValueError("process_coefficient and outcome_coefficient are both 0: nothing would be learnt")

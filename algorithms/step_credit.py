@@ -175,8 +175,8 @@ class StepCredit(SurrogateAlgorithm):
         states = Steps.states(experience, steps.spans)
         if outcomes.valid.any() and all(state is None for row in states for state in row):
             raise ValueError(
-                "credit=anchor_states compares turns taken in the same state, and no turn of this step says its state; "
-                "the environment names it in Step(state=...), or use algorithm=turn_grpo, which needs none"
+                "credit=anchor_states compares turns taken in the same state, but no turn of this step names its "
+                "state; let the environment name it in Step(state=...), or use algorithm=turn_grpo, which needs none"
             )
         returns = [to_go(row, config.gamma) for row in steps.rewards]
         process, share = minus_state_mean(returns, states, *compared, normalize_by_std=config.normalize_by_std)

@@ -169,7 +169,7 @@ class SurrogateAlgorithm(Algorithm):
         rows, binds = self._surrogate(**arguments)
         if not rows.shape == binds.shape == inputs.logprobs.shape:
             raise ValueError(
-                f"loss={self.config.loss} must return two tensors of shape {list(inputs.logprobs.shape)}, token losses "
-                f"and where clipping binds; it returned {list(rows.shape)} and {list(binds.shape)}"
+                f"loss={self.config.loss} must return two tensors of shape {list(inputs.logprobs.shape)}, the token "
+                f"losses and where clipping binds; it returned {list(rows.shape)} and {list(binds.shape)}"
             )
         return rows, binds

@@ -98,7 +98,7 @@ class SurrogateConfig(AlgorithmConfig):
         if self.anchor == "rollout" and (self._loss_has_the_samplers_ratio or "old_logprobs" not in parameters):
             raise ValueError(f"anchor=rollout has no effect with loss={self.loss}")
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
-            raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
+            raise ValueError("aggregation=constant_length and constant_length=N (tokens) go together; set both")
         if self.kl_coefficient == 0:
             for name in ("kl_in", "kl_estimator", "kl_target"):
                 if not self._is_default(name):
@@ -114,11 +114,11 @@ class SurrogateConfig(AlgorithmConfig):
                 if not self._is_default(name):
                     raise ValueError(f"{name} has no effect without entropy_target")
         elif self.entropy_coefficient > self.entropy_limit:
-            raise ValueError(f"entropy_coefficient begins above entropy_limit={self.entropy_limit:g}")
+            raise ValueError(f"entropy_coefficient starts above entropy_limit={self.entropy_limit:g}")
         bounded = self.rollout_correction not in (None, "none", "decoupled")
         if (self.largest_weight is not None) != bounded:
             raise ValueError(
-                "rollout_correction=truncate, mask or one of whole samples and largest_weight go together; set both"
+                "largest_weight goes with rollout_correction=truncate, mask or one for whole samples; set both"
             )
         if self.smallest_weight is not None and not (self.rollout_correction or "").endswith("mask"):
             raise ValueError(
@@ -126,7 +126,7 @@ class SurrogateConfig(AlgorithmConfig):
             )
         if self._measures_from_sampler and self.rollout_correction not in (None, "none"):
             ratio = "anchor=rollout" if self.anchor == "rollout" else f"loss={self.loss}"
-            raise ValueError(f"rollout_correction would correct twice: the ratio of {ratio} is to the sampler")
+            raise ValueError(f"rollout_correction would correct twice: the ratio of {ratio} is already to the sampler")
         if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):
             raise ValueError("smallest_weight is above largest_weight: no token would be left")
         if self.overlong_max_tokens is None and not self._is_default("overlong_buffer_share"):

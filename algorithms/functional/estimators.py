@@ -47,8 +47,8 @@ def mean_normalised(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float6
     """
     if (rewards[valid] < 0).any():
         raise UserError(
-            "algorithm.estimator=maxrl divides by the mean reward of a group, and a sample has "
-            f"{rewards[valid].min()}: take a reward that is never below 0, best 0 or 1"
+            "algorithm.estimator=maxrl divides by the mean reward of a group, and one sample has the reward "
+            f"{rewards[valid].min()}: use a reward that is never below 0, preferably 0 or 1"
         )
     advantages, keep = group_relative(rewards, valid, group, normalize_by_std=False)
     for members in members_of_groups(valid, group):

@@ -39,7 +39,7 @@ def aggregate(
         return rows.sum() / denominators.tokens
     if how == "constant_length":
         if constant_length is None:
-            raise ValueError("aggregation constant_length needs the constant")
+            raise ValueError("aggregation constant_length needs a constant_length")
         return rows.sum() / (denominators.sequences * constant_length)
     if how == "sequence_mean_token_sum":
         return rows.sum() / denominators.sequences

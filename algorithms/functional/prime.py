@@ -259,9 +259,11 @@ def prime_rloo(
     Raise ValueError if coefficients are set with `official` or `verl`, or a discount with `verl`.
     """
     if mode != "strict" and (process_coefficient, outcome_coefficient) != (1.0, 1.0):
-        raise ValueError(f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient")
+        raise ValueError(
+            f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient at 1"
+        )
     if mode == "verl" and (process_gamma, outcome_gamma) != (1.0, 1.0):
-        raise ValueError("mode 'verl' knows no discount; leave process_gamma and outcome_gamma at 1")
+        raise ValueError("mode 'verl' has no discount; leave process_gamma and outcome_gamma at 1")
     factor = 1.0 if mode == "official" else beta
     scores = [factor * np.asarray(q, dtype=np.float64) for q in log_ratios]
     if mode == "verl":

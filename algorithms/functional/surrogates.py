@@ -46,7 +46,7 @@ def find_surrogate(name: str) -> Any:
         raise ValueError(f"{hint}must be one of {', '.join(SURROGATES)}, or the dotted path of a function or class")
     surrogate = find_object(name)
     if not callable(surrogate):
-        raise ValueError(f"is no function or class but {type(surrogate).__name__}")
+        raise ValueError(f"is of type {type(surrogate).__name__}, not a function or class")
     return surrogate
 
 
@@ -61,7 +61,7 @@ def surrogate_parameters(surrogate: Any) -> list[str]:
         if parameter.name not in known and parameter.default is inspect.Parameter.empty:
             guess = nearest(parameter.name, known)
             hint = f"; did you mean {guess}?" if guess else f": {', '.join(known)}"
-            raise ValueError(f"wants {parameter.name}, which is no field of LossInputs and no clip option{hint}")
+            raise ValueError(f"takes {parameter.name}, which is neither a field of LossInputs nor a clip option{hint}")
     return [parameter.name for parameter in parameters if parameter.name in known]
 
 
@@ -76,12 +76,12 @@ def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
         instance = surrogate() if is_class else surrogate
         return instance
     if not (inspect.isclass(config) and issubclass(config, BaseModel)):
-        raise ValueError(f"the Config of {name} is no pydantic model")
+        raise ValueError(f"the Config of {name} is not a pydantic model")
     for option in options:
         if option not in config.model_fields:
             guess = nearest(option, config.model_fields)
-            hint = f"did you mean {guess}? it has" if guess else "it has"
-            raise ValueError(f"{option} is no option of {name}; {hint} {', '.join(config.model_fields) or 'none'}")
+            hint = f"did you mean {guess}? Its options:" if guess else "its options:"
+            raise ValueError(f"{option} is not an option of {name}; {hint} {', '.join(config.model_fields) or 'none'}")
     try:
         instance = surrogate(config(**options))
     except ValidationError as error:

@@ -22,11 +22,11 @@ from rlkit.models.folder import ModelFolderError, check_model_folder, model_fold
 
 HELP = """\
 /reset          forget the conversation
-/system TEXT    begin anew with this system prompt (none without TEXT)
+/system TEXT    start again with this system prompt (without TEXT: none)
 /set KEY=VALUE  temperature, top_p, top_k, repetition_penalty, max_tokens or seed
 /prompt         show what the model reads, as the template renders it
-/help           this
-/quit           end (or Ctrl-D); Ctrl-C ends an answer"""
+/help           show this list
+/quit           quit (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 class ChatConfig(Section):
@@ -65,7 +65,7 @@ def read_options(words: Sequence[str], base: ChatConfig | None = None) -> ChatCo
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError([ConfigIssue(word, f"is no option; write {word}=VALUE")])
+            raise ConfigError([ConfigIssue(word, f"is not an option; write {word}=VALUE")])
         typed[key] = value
     values = {key: text if key == "system" else _value(text) for key, text in typed.items()}
     known = [key for key, _ in all_fields(ChatConfig)]
@@ -201,7 +201,7 @@ def sampling(config: ChatConfig) -> Mapping[str, Any]:
 def talk(chat: Chat) -> None:
     """Read and answer lines until the end of the input."""
     terminal = sys.stdin.isatty()
-    print(f"{chat.folder}  (/help lists what else can be typed)")
+    print(f"{chat.folder}  (/help lists the commands)")
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -251,7 +251,7 @@ def _obeyed(chat: Chat, line: str) -> str:
     if word == "/set":
         key = rest.partition("=")[0].strip()
         if key not in CHANGEABLE:
-            return f"{key or 'that'} cannot be changed; what can: {', '.join(CHANGEABLE)}"
+            return f"{key or 'that'} cannot be changed; these can: {', '.join(CHANGEABLE)}"
         chat.config = read_options([rest.strip().replace(" ", "")], chat.config)
         return rest.strip()
     return shown(chat.prompt()) if word == "/prompt" else HELP

@@ -18,9 +18,9 @@ from rlkit.data.base import DataSource
 
 MARKDOWN = "--markdown"
 HELP_END = """
-  data=NAME, reward=NAME, verifier=NAME, environment=NAME, rollout.KEY, cluster.KEY and --config FILE are those of
-  rlkit.train (python -m rlkit.train --help lists them). The reward judges; with verifier=NAME that judges, and the
-  reward chooses the best of k answers. --markdown prints tables for a page."""
+  data=NAME, reward=NAME, verifier=NAME, environment=NAME, rollout.KEY, cluster.KEY and --config FILE are the same
+  as for rlkit.train (python -m rlkit.train --help lists them). The reward judges; with verifier=NAME, the verifier
+  judges and the reward chooses the best of k answers. --markdown prints Markdown tables."""
 
 
 def command(name: str, usage: str | None, arguments: Sequence[str] | None) -> int:

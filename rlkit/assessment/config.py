@@ -98,7 +98,7 @@ class Evaluating:
 
     def text(self, command: str = "evaluate") -> str:
         """Return the content of the folder's `config.yaml`, which `--config FILE` reads."""
-        head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.{command} --config THIS_FILE\n"
+        head = f"# Written by rlkit {rlkit.__version__}. To repeat: python -m rlkit.{command} --config THIS_FILE\n"
         return head + yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
     def plain(self) -> dict[str, Any]:
@@ -127,10 +127,10 @@ class _Loading(Loading):
         self.run = None if subject is None else subject.run
         if self.run is not None:
             if file is not None:
-                raise ConfigError([ConfigIssue(f"--config {file}", f"run={self.run} brings a configuration, too")])
+                raise ConfigError([ConfigIssue(f"--config {file}", f"run={self.run} already has a configuration")])
             file = self.run / "config.yaml"
             if not file.is_file():
-                raise ConfigError([ConfigIssue(f"run={self.run}", f"is no folder of a run: there is no {file}")])
+                raise ConfigError([ConfigIssue(f"run={self.run}", f"is not the folder of a run: there is no {file}")])
         groups = ("data", "verifier", "environment", "cluster", "rollout", "learner")
         chosen = {argument.partition("=")[0] for argument in others} & set(groups)
         # A run's sections for training do not apply here, and what is named replaces the run's own.
@@ -144,7 +144,7 @@ class _Loading(Loading):
         for key, argument in self.overrides.typed.items():
             if key.partition(".")[0] not in USED and key not in TIMES and not key.startswith(SETS):
                 has = ", ".join((*USED, SETS))
-                self.problems.append(ConfigIssue(argument, f"has no effect here; what has: {has}"))
+                self.problems.append(ConfigIssue(argument, f"has no effect here; these keys do: {has}"))
             elif not self.judged and key.partition(".")[0] in ("reward", "verifier"):
                 remedy = "python -m rlkit.evaluate judges answers"
                 self.problems.append(ConfigIssue(argument, f"has no effect in rlkit.generate; {remedy}"))
@@ -293,14 +293,14 @@ class _Loading(Loading):
                 yield from (of_the_set(ConfigIssue(f"{SETS}.{name}", text), f"{SETS}.{name}") for text in messages)
         labelled = data is None or self.kind != "recorded" or "labels" in data.provides()
         if self.judged and judge is None and not labelled:
-            yield ConfigIssue("reward", "somebody must judge the answers: reward=NAME, or data with labels")
+            yield ConfigIssue("reward", "nothing judges the answers: set reward=NAME, or use data with labels")
         if evaluate is not None and self.kind != "recorded":
             if not evaluate.samples and not evaluate.greedy:
                 yield ConfigIssue("evaluate.samples", "is 0, so nothing is answered; add evaluate.greedy=true")
             if chooser is not None and evaluate.samples < 2:
                 yield ConfigIssue(
                     "evaluate.samples",
-                    f"{chooser.cls.__name__} chooses the best of several answers, and there is {evaluate.samples}: "
+                    f"{chooser.cls.__name__} chooses the best of several answers, so {evaluate.samples} is too few: "
                     "set at least 2, or leave out verifier or reward",
                     warning=True,
                 )
@@ -311,13 +311,13 @@ class _Loading(Loading):
     def _judge_fits(self, kind: str, part: Part, data: DataSource | None) -> Issues:
         traits, name = part.cls.traits(part.config), part.cls.__name__
         if traits.update_when != "none" or traits.follows_policy:
-            yield ConfigIssue(kind, f"{name} learns in a run; here it must judge alike to the end")
+            yield ConfigIssue(kind, f"{name} learns in a run; here it must judge all answers in the same way")
         if kind == "verifier" and traits.answer and data is not None and "answer" not in data.provides():
-            yield ConfigIssue(kind, f"{name} needs a gold answer to every question, and the data give none")
+            yield ConfigIssue(kind, f"{name} needs a gold answer to every question, but the data have none")
         if self.kind == "endpoint" and not traits.judges_texts:
-            yield ConfigIssue(kind, f"{name} reads tokens, and an endpoint gives texts alone")
+            yield ConfigIssue(kind, f"{name} reads tokens, but an endpoint returns only texts")
         if self.kind == "recorded" and traits.environment:
-            yield ConfigIssue(kind, f"{name} judges episodes, and recorded answers are none")
+            yield ConfigIssue(kind, f"{name} judges episodes, but recorded answers are not episodes")
         evaluate = self.available.get("evaluate")
         if evaluate is None or self.kind == "recorded" or traits.samples == 1:
             return
@@ -346,18 +346,16 @@ class _Loading(Loading):
         if model.token_env is not None and (problem := token_problem(model.url, model.token_env)):
             yield ConfigIssue("model.token_env", problem)
         if self.parts.get("environment") is not None:
-            yield ConfigIssue("environment", "talks to a policy that this command starts; name a folder by model.path")
+            yield ConfigIssue("environment", "needs a policy that this command starts; name a folder with model.path")
         yield from self._idle("rollout", TO_ENDPOINT, "the server samples")
         yield from self._idle("model", ("url", "name", "token_env"), "the server has the model")
 
     def _recorded(self, data: DataSource | None) -> Issues:
         if data is not None and not data.provides() & {"responses", "references"}:
-            yield ConfigIssue(
-                "data", "has no recorded answers; data=responses data.path=FILE, or data=pairs, bring them"
-            )
+            yield ConfigIssue("data", "has no recorded answers; use data=responses data.path=FILE, or data=pairs")
         why = "the answers are recorded"
         if self.sets:
-            yield ConfigIssue(SETS, f"has no effect: {why}, and each set is evaluated by itself (data=...)")
+            yield ConfigIssue(SETS, f"has no effect: {why}; evaluate each set on its own (data=...)")
         yield from self._idle("evaluate", ("questions", "against"), why)
         yield from self._idle("rollout", ("source", "max_prompt_tokens", "max_response_tokens", "steps"), why)
 

@@ -36,7 +36,7 @@ def address_problem(url: str) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return "must be http://HOST:PORT/v1 or https://HOST/v1"
     if parts.username or parts.password or parts.query or parts.fragment:
-        return "is an address only; a secret belongs into the variable that model.token_env names"
+        return "must be only an address; a secret belongs in the environment variable that model.token_env names"
     return None
 
 
@@ -83,7 +83,7 @@ class Endpoint:
             raise EndpointError(f"model.url={self.url}: /models lists no models: {excerpt(answer)}") from error
         if len(names) != 1:
             listed = f"has {', '.join(names)}" if names else f"answers {answer.status_code} to /models"
-            raise EndpointError(f"model.url={self.url}: the server {listed}; name one by model.name=NAME")
+            raise EndpointError(f"model.url={self.url}: the server {listed}; name one with model.name=NAME")
         self.name = names[0]
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
@@ -119,7 +119,7 @@ class Endpoint:
             if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 425, 429):
                 raise EndpointError(f"the server refuses a question ({request.prompt.id}): {error}") from error
             if self._failures >= MOST_FAILURES:
-                raise EndpointError(f"{self._failures} answers in a row did not come, at last: {error}") from error
+                raise EndpointError(f"{self._failures} requests in a row got no answer; last error: {error}") from error
             log.warning("no answer to %s: %s", request.prompt.id, error)
             self.failures[request.id, index] = f"no_answer: {error}"
             text, reason, length = "", "abort", None

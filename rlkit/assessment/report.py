@@ -82,16 +82,18 @@ class Findings:
         notes = []
         if left_out:
             total, why = sum(one.answers for one in self.measured), _counted(self.causes)
-            notes.append(f"{left_out} of {total} answers were not judged and are in no mean ({why}).")
+            notes.append(f"{left_out} of {total} answers were not judged and are left out of all means ({why}).")
         if self.standing is not None and self.standing.left_out:
-            notes.append(f"{self.standing.left_out} questions with an answer that was not judged are in no share.")
+            notes.append(
+                f"{self.standing.left_out} questions with an answer that was not judged are left out of all shares."
+            )
         for other, count in self.other_questions.items():
             notes.append(f"{count} questions of {other} ask something else here and are not compared.")
         if few := self._of_fewer_questions():
-            notes.append(f"Columns of fewer questions (the others have too few judged answers): {'; '.join(few)}.")
+            notes.append(f"Columns with fewer questions (the others have too few judged answers): {'; '.join(few)}.")
         without = [one for one in self.measured if math.isnan(one.mean.low)]
         if without:
-            notes.append("One question alone has no interval.")
+            notes.append("A single question has no interval.")
         return notes
 
     def _of_fewer_questions(self) -> list[str]:

@@ -110,13 +110,13 @@ class _Loading(Loading):
 
 
 def _instead(guess: str | None) -> str:
-    return f"did you mean {guess}?" if guess else f"what has: {', '.join(RescoreConfig.model_fields)}"
+    return f"did you mean {guess}?" if guess else f"these keys do: {', '.join(RescoreConfig.model_fields)}"
 
 
 def _unfit(part: Part) -> Iterator[ConfigIssue]:
     traits, name = part.cls.traits(part.config), part.cls.__name__
     if traits.update_when != "none" or traits.follows_policy:
-        yield ConfigIssue("reward", f"{name} learns in a run; here it must judge alike to the end")
+        yield ConfigIssue("reward", f"{name} learns in a run; here it must judge all answers in the same way")
     if traits.environment:
         yield ConfigIssue("reward", f"{name} judges episodes as they were played; rows of samples.jsonl are texts")
     if traits.steps:
@@ -128,12 +128,12 @@ def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
     folder, loading = Path(run).expanduser(), _Loading(arguments)
     if not (folder / "samples.jsonl").is_file():
         of = next((parent for parent in folder.absolute().parents if (parent / "samples.jsonl").is_file()), None)
-        why = f"there is no {folder}/samples.jsonl" if of is None else f"the answers are those of its run, {of}"
-        loading.problems.append(ConfigIssue(run, f"is no folder of a run: {why}"))
+        why = f"there is no {folder}/samples.jsonl" if of is None else f"the answers are in its run, {of}"
+        loading.problems.append(ConfigIssue(run, f"is not the folder of a run: {why}"))
     loading.validate()
     rescoring = loading.result(folder)
     if rescoring.file.exists() and _head(rescoring)["reward"] != next(_written(rescoring), {}).get("reward"):
-        message = "is there already, of another reward: remove it, or choose name=NAME"
+        message = "already exists, from another reward: remove it, or choose name=NAME"
         raise ConfigError([ConfigIssue(str(rescoring.file), message)])
     return rescoring
 
@@ -243,7 +243,7 @@ def _is_file(rescoring: Rescoring) -> bool:
 
 def _sample(index: int, row: Row, *, tokens: bool) -> Sample:
     if tokens and row.get("turns"):
-        raise UserError("this reward reads tokens, and rows of episodes do not say where their turns begin")
+        raise UserError("this reward reads tokens, but rows of episodes do not say where their turns begin")
     ids = np.array(row.get("token_ids") or () if tokens else (), dtype=np.int32)
     reason: Any = row.get("finish_reason") or "stop"
     return Sample(index, ids, None, row["response"], reason, (0, 0), seed=0)
@@ -273,7 +273,7 @@ def _problems(rescoring: Rescoring, written: Mapping[str, Any], name: str) -> It
     fields = dict((sets.get(name) if name else written.get("data")) or {})
     if TARGET not in fields:
         what = f"evaluation.sets.{name}" if name else "data"
-        raise UserError(f"{rescoring.run}/config.yaml names no {what}, whose columns this reward needs")
+        raise UserError(f"{rescoring.run}/config.yaml does not name {what}, whose columns this reward needs")
     cls = import_part("data", fields.pop(TARGET))
     if name:
         fields.pop("prompts", None)  # how many questions are asked
@@ -347,8 +347,8 @@ def _disagreements(name: str, both: Sequence[tuple[Row, Row]], one: Values, othe
     width = max(8, len(name))
     for title, places in (("higher", rises), ("lower", falls)):
         if places:
-            yield f"\nPlaced {title} by {name}, of {len(one)} answers; equal rewards share a place:"
-            yield f"  {'recorded':>{width}}   place  {name:>{width}}   place  answer"
+            yield f"\nRanked {title} by {name}, of {len(one)} answers; equal rewards share a rank:"
+            yield f"  {'recorded':>{width}}    rank  {name:>{width}}    rank  answer"
         for i in places[:SHOWN]:
             row, new = both[i]
             rewards = (f"{_number(value):>{width}}" for value in (row["reward"], new["reward"]))

@@ -110,7 +110,7 @@ def _row(line: str, where: str, without: Collection[str]) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     kept = {key: value for key, value in row.items() if key not in without}
     return kept | {ASKS: _asks(row)} if "prompt" in without else kept
 

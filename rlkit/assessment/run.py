@@ -96,7 +96,7 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         print(f"\n{report}\n\n{folder.path}/results.json has all numbers, samples.jsonl every answer.")
     elif folder.samples.exists() and folder.samples.stat().st_size:
         again = f"run_dir={folder.path} resume=auto"
-        print(f"What was answered is kept; the same command with {again} goes on", file=sys.stderr)
+        print(f"The answers so far are kept; to continue, run the same command with {again}", file=sys.stderr)
     return code
 
 

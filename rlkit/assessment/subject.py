@@ -47,9 +47,9 @@ def find_subject(named: str) -> Subject:
     if any((path / name).exists() for name in ("config.yaml", "samples.jsonl", "checkpoints")):
         saved = sealed_folders(path / "checkpoints")
         return Subject(path, None, str(saved[0] / "policy") if saved else "")
-    why = _meant(path) or ("it holds none of their files" if path.is_dir() else "there is no such folder")
+    why = _meant(path) or ("it has none of their files" if path.is_dir() else "there is no such folder")
     remedy = "name a run (runs/x), a checkpoint (runs/x/checkpoints/step_000060) or a model's folder"
-    raise ConfigError([ConfigIssue(named, f"is no folder of a run, checkpoint or model: {why}; {remedy}")])
+    raise ConfigError([ConfigIssue(named, f"is not the folder of a run, checkpoint or model: {why}; {remedy}")])
 
 
 def config_of(run: Path) -> dict[str, Any]:

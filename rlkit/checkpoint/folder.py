@@ -69,7 +69,7 @@ def disk_full(checkpoints: Path, step: int, needed: int) -> DiskFullError:
     free = shutil.disk_usage(checkpoints).free
     return DiskFullError(
         f"no room for the checkpoint of step {step} in {checkpoints}: it needs {needed / 2**30:.3g} GiB "
-        f"({needed} bytes), {free / 2**30:.3g} GiB ({free} bytes) are free. Free some space there, or lower "
+        f"({needed} bytes), but only {free / 2**30:.3g} GiB ({free} bytes) are free. Free some space there, or lower "
         "trainer.keep_checkpoints, or move the run's folder to a larger disk; then start the same command with "
         "resume=auto"
     )
@@ -113,8 +113,8 @@ def seal(
     ]
     if absent:
         raise BadCheckpointError(
-            f"{', '.join(absent)} did not arrive in {staged}: over several nodes run_dir must lie on a file system "
-            "that all of them share"
+            f"{', '.join(absent)} did not arrive in {staged}: with several nodes, run_dir must be on a file "
+            "system that all of them share"
         )
     files = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -152,7 +152,7 @@ def open_checkpoint(folder: Path) -> Sealed:
     except (OSError, ValueError) as error:
         raise BadCheckpointError(f"its {MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BadCheckpointError(f"its {MANIFEST} is of another format than {FORMAT}")
+        raise BadCheckpointError(f"its {MANIFEST} is not in format {FORMAT}")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -160,7 +160,7 @@ def open_checkpoint(folder: Path) -> Sealed:
         if file.stat().st_size != expected["bytes"]:
             raise BadCheckpointError(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
         if _digest(file) != expected["blake2b"]:
-            raise BadCheckpointError(f"{name} is damaged: its hash is not the manifest's")
+            raise BadCheckpointError(f"{name} is damaged: its hash differs from the manifest's")
     return Sealed(folder, manifest)
 
 

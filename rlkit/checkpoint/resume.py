@@ -75,7 +75,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
     if config.resume == "auto":
         checkpoint, skipped = _newest(own)
         if checkpoint is None and skipped:
-            raise ConfigError([ConfigIssue("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
+            raise ConfigError([ConfigIssue("resume=auto", f"no checkpoint in {own} is intact: {'; '.join(skipped)}")])
     else:
         checkpoint, skipped = _named(Path(config.resume).expanduser().absolute())
     if checkpoint is None:
@@ -90,7 +90,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         if not _is_fixed(key) and not _is_one_of(key, (*FREE, *counted))
     ]
     if changed:
-        changed.append(f"to keep what was: {_own_configuration(checkpoint)}")
+        changed.append(f"to keep the old values: {_own_configuration(checkpoint)}")
     notices = [f"checkpoint {text}" for text in skipped] + changed
     return ResumePoint(checkpoint, tuple(notices), same_run=checkpoint.path.parent == own)
 
@@ -114,13 +114,13 @@ def _named(path: Path) -> tuple[Sealed, list[str]]:
         checkpoint, skipped = _newest(path / "checkpoints")
         if checkpoint is None:
             raise ConfigError(
-                [ConfigIssue(where, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
+                [ConfigIssue(where, f"has no intact checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
             )
         return checkpoint, skipped
     try:
         return open_checkpoint(path), []
     except BadCheckpointError as error:
-        raise ConfigError([ConfigIssue(where, f"is no whole checkpoint: {error}")]) from None
+        raise ConfigError([ConfigIssue(where, f"is not an intact checkpoint: {error}")]) from None
 
 
 def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:
@@ -137,7 +137,7 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
             )
         )
     if problems and differences and problems[0].where != f"trainer.total_steps={config.trainer.total_steps}":
-        hint = f"{problems[-1].message}; to go on as it was made: {_own_configuration(checkpoint)}"
+        hint = f"{problems[-1].message}; to continue with its own configuration: {_own_configuration(checkpoint)}"
         problems[-1] = replace(problems[-1], message=hint)
     if problems:
         raise ConfigError(problems)

@@ -43,18 +43,18 @@ def changes(before: Sequence[Tool], after: Sequence[Tool]) -> str:
 
     >>> add, mul = Tool("add", "Add.", {}), Tool("mul", "Multiply.", {})
     >>> changes([add], [mul]), changes([add], [Tool("add", "Sum.", {})]), changes([add], [add])
-    ('add is gone; mul is new', 'add has another description', '')
+    ('add is gone; mul is new', 'add has a different description', '')
     """
     old, new = ({tool.name: tool for tool in tools} for tools in (before, after))
     differences = [f"{name} is gone" for name in old if name not in new]
     differences += [f"{name} is new" for name in new if name not in old]
     for name in old.keys() & new.keys():
         if old[name].description != new[name].description:
-            differences.append(f"{name} has another description")
+            differences.append(f"{name} has a different description")
         if old[name].parameters != new[name].parameters:
-            differences.append(f"{name} has other arguments")
+            differences.append(f"{name} has different arguments")
     if not differences and list(old) != list(new):
-        differences.append("they come in another order")
+        differences.append("they are in a different order")
     return "; ".join(sorted(differences))
 
 
@@ -79,7 +79,7 @@ def tools_of(cls: type) -> tuple[Tool, ...]:
 def _tool(name: str, method: Callable[..., Any]) -> Tool:
     description, of_arguments = _described(inspect.getdoc(method) or "")
     if not description:
-        raise TypeError(f"the tool {name} has no docstring; the policy reads it")
+        raise TypeError(f"the tool {name} needs a docstring: the policy reads it")
     hints, fields = get_type_hints(method), {}
     for argument in list(inspect.signature(method).parameters.values())[1:]:
         if argument.name not in hints:

@@ -55,7 +55,7 @@ def policy_shares(
     old = old_logprobs if config.optimizer_steps > 1 else None
     pairs = _Pairs.kept(advantages, kept)
     if len(pairs.samples) and needs.layout == "any":
-        raise ValueError("the advantages have pairs, but the algorithm's layout lets micro-batches part them")
+        raise ValueError("the advantages have pairs, but the algorithm's layout lets micro-batches separate them")
 
     def rows(samples: Sequence[int]) -> PolicyRows:
         ends = np.cumsum(batch.lengths[samples]).tolist()
@@ -126,7 +126,7 @@ def value_shares(
     seeds the shuffles after the first epoch."""
     batch, returns = _Batch(groups), advantages.returns
     if returns is None:
-        raise ValueError("the algorithm has a critic but its advantages have no returns to train it with")
+        raise ValueError("the algorithm has a critic, but its advantages have no returns to train it with")
 
     def rows(samples: Sequence[int]) -> ValueRows:
         mask = np.concatenate([batch.samples[i].trained for i in samples])

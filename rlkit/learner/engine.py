@@ -320,7 +320,7 @@ def offload(engine: Any) -> None:
 
     stage, pinned = engine.zero_optimization_stage(), torch.cuda.is_available()
     if stage == 0:
-        raise ValueError("DeepSpeed offloads with ZeRO only")
+        raise ValueError("DeepSpeed offloads only with ZeRO")
     if stage == 3:
         for tensor in _optimizer_tensors(engine):
             tensor.data = torch.empty_like(tensor.data, device="cpu", pin_memory=pinned).copy_(tensor.data)

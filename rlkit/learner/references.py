@@ -58,8 +58,8 @@ class ReferenceCache:
             return dict(zip(map(bytes, saved["keys"]), rows, strict=True))
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise ReferenceError(
-                f"{self.file} is no whole cache of reference log-probs ({error}): delete it, or name another file with "
-                "learner.reference_cache"
+                f"{self.file} is not a complete cache of reference log-probs ({error}): delete it, or name another "
+                "file with learner.reference_cache"
             ) from error
 
     def of(self, groups: Sequence[Group]) -> list[FloatArray]:

@@ -95,7 +95,7 @@ def _check(engine: Any, state: Mapping[str, Tensor]) -> None:
     for parameter_name, parameter in _trained_parameters(engine):
         name, shape = f"{WEIGHT}/{parameter_name}", full_shape(parameter)
         if name not in state or tuple(state[name].shape) != shape:
-            raise ValueError(f"the checkpoint has no {name} of shape {shape}: it is of another model")
+            raise ValueError(f"the checkpoint has no {name} of shape {shape}: it belongs to another model")
 
 
 def _get(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:

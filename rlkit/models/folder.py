@@ -97,7 +97,7 @@ def check_model_folder(path: str) -> ModelShape:
     if not file.is_file():
         raise ModelFolderError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ModelFolderError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); save it beside the model")
+        raise ModelFolderError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); save it in the same folder")
     try:
         return _shape(json.loads(file.read_text()), folder)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:

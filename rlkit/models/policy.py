@@ -94,6 +94,6 @@ def _refuse_not_finite(path: str | Path, model: PreTrainedModel) -> None:
         tensor = getattr(parameter, "ds_tensor", parameter)  # with ZeRO 3, this rank's share
         if tensor.numel() and not tensor.is_meta and not all(map(torch.isfinite, tensor.aminmax())):
             raise ModelLoadError(
-                f"model {path} holds numbers that are not finite, in {name}: the file is damaged, or training that "
-                "wrote it had diverged; fetch it again, or name an earlier checkpoint"
+                f"model {path} has numbers that are not finite, in {name}: the file is damaged, or the training "
+                "that wrote it had diverged; fetch it again, or name an earlier checkpoint"
             )

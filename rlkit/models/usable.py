@@ -51,13 +51,13 @@ def refusals(
     size = _head_size(text)
     if device == "cpu" and size is not None and size not in CPU_HEAD_SIZES and "kv_lora_rank" not in text:
         yield (
-            f"its attention heads have {size} dimensions, which vLLM on CPU cannot run (it has "
+            f"its attention heads have {size} dimensions, which vLLM on CPU cannot run (it supports "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}); choose another model, or cluster.device=cuda"
         )
     if device == "cpu" and any((text.get(name) or 0) > 1 for name in EXPERTS):
         yield (
-            "it is a mixture of experts, and vLLM 0.32 on CPU computes other log-probs once the experts' weights are "
-            "loaded again, even the same: the first check of weights would end the run; use cluster.device=cuda"
+            "it is a mixture of experts, and vLLM 0.32 on CPU computes different log-probs once the experts' weights "
+            "are reloaded, even the same ones: the first check of weights would end the run; use cluster.device=cuda"
         )
     yield from _positions(text, longest)
 
@@ -158,7 +158,7 @@ def _positions(text: dict[str, Any], longest: int) -> Iterator[str]:
     if kind in LENGTH_DEPENDENT and original and longest > original:
         yield (
             f"its positions ({kind} RoPE) change for all tokens once a sequence is longer than {original}, so a "
-            f"packed batch, a single sequence and vLLM disagree; with {longest} tokens lower "
+            f"packed batch, a single sequence and vLLM disagree; sequences may have {longest} tokens: lower "
             "rollout.max_prompt_tokens or rollout.max_response_tokens"
         )
 

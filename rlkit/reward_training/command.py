@@ -68,7 +68,7 @@ class ResolvedRewardTraining:
 
     def text(self) -> str:
         """Return the content of the run folder's `config.yaml`, which `--config FILE` reads."""
-        head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.train_reward --config THIS_FILE\n"
+        head = f"# Written by rlkit {rlkit.__version__}. To repeat: python -m rlkit.train_reward --config THIS_FILE\n"
         values: str = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return head + values
 
@@ -183,7 +183,7 @@ def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
             logs = resolved.config.run_dir / "logs"
             trace = "".join(traceback.format_exception(error))
             print(f"{trace}rlkit: {type(error).__name__}: {error}", file=sys.stderr)
-            print(f"What libraries said is in {logs}/driver.log.", file=sys.stderr)
+            print(f"The output of libraries is in {logs}/driver.log.", file=sys.stderr)
         elif rank == 0 or isinstance(error, RankHangsError):
             print_error(error)
         return FAILED

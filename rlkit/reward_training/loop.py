@@ -48,8 +48,8 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
     report.evaluation(0, **named(task.heldout, before))
     if steps < FEW_STEPS:
         report.warn(
-            f"the training takes {steps} optimizer step{'s' * (steps > 1)}: hardly anything is learnt. More "
-            "rows, more epochs or smaller batches (the reward.* keys of this training) give more"
+            f"the training has only {steps} optimizer step{'s' * (steps > 1)}: hardly anything will be learnt. "
+            "More rows, more epochs or smaller batches (the reward.* keys of this training) give more steps"
         )
     report.begins(steps)
     course = []

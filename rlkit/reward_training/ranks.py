@@ -126,7 +126,9 @@ def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> i
             processes[rank].join()
             code = processes[rank].exitcode or 0
             if code < 0:
-                print(f"rlkit: rank {rank} was ended by {signal.Signals(-code).name}; the others end", file=sys.stderr)
+                print(
+                    f"rlkit: rank {rank} was ended by {signal.Signals(-code).name}; ending the others", file=sys.stderr
+                )
                 return FAILED
             if code:
                 return code
@@ -134,7 +136,7 @@ def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> i
         if first_end is not None and running and time.monotonic() - first_end > seconds:
             late = ", ".join(str(rank) for rank in running.values())
             print(
-                f"rlkit: rank {late} has not ended {seconds:g} s ({limit}) after the first one did; it is ended",
+                f"rlkit: rank {late} has not ended {seconds:g} s ({limit}) after the first one did; ending it",
                 file=sys.stderr,
             )
             return FAILED

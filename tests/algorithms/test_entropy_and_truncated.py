@@ -83,7 +83,7 @@ def test_defaults_change_nothing() -> None:
     [
         ({"entropy_step": 1e-3}, "entropy_step has no effect without entropy_target"),
         ({"entropy_limit": 1.0}, "entropy_limit has no effect without entropy_target"),
-        ({"entropy_target": 0.2, "entropy_coefficient": 0.01}, "begins above entropy_limit=0.005"),
+        ({"entropy_target": 0.2, "entropy_coefficient": 0.01}, "starts above entropy_limit=0.005"),
     ],
 )
 def test_options_of_the_bonus_act_or_are_refused(options: dict[str, Any], message: str) -> None:

@@ -102,7 +102,7 @@ def test_maxrl_has_the_expected_gradient_of_a_truncated_likelihood(samples: int,
 
 def test_maxrl_refuses_a_reward_below_zero() -> None:
     with pytest.raises(
-        UserError, match=r"divides by the mean reward of a group, and a sample has -0\.5: take a reward"
+        UserError, match=r"divides by the mean reward of a group, and one sample has the reward -0\.5: use a reward"
     ):
         mean_normalised(*of_one_group(1.0, -0.5))
     rewards, valid, group = of_one_group(1.0, 0.0, -3.0)
@@ -207,7 +207,9 @@ def test_gdpo_reads_the_components_it_is_given() -> None:
 
 
 def test_gdpo_names_a_component_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"a response to prompt .* no component formt; it has correct, format, length"):
+    with pytest.raises(
+        UserError, match=r"a response to prompt .* has no component formt; it has correct, format, length"
+    ):
         GDPO(GDPO.Config(components={"correct": 1, "formt": 1})).advantages(components_step())
 
 

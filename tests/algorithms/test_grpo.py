@@ -269,7 +269,7 @@ def test_aggregations(how: Aggregation, seed: int) -> None:
 
 def test_constant_length_needs_its_constant() -> None:
     one = torch.ones(1)
-    with pytest.raises(ValueError, match="needs the constant"):
+    with pytest.raises(ValueError, match="needs a constant_length"):
         aggregate(one, one, torch.zeros(1, dtype=torch.int64), 1, Denominators(1, 1, 1), "constant_length")
 
 

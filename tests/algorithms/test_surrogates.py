@@ -61,13 +61,13 @@ def test_a_surrogate_of_ones_own_is_the_loss(options: dict[str, Any], rows_by_ha
         ),
         (["algorithm.loss=my_losses.soft"], ["algorithm.loss=my_losses.soft: cannot be imported", "my_losses"]),
         (["algorithm.loss=own_surrogates.reinforced"], ["did you mean own_surrogates.reinforce?"]),
-        (["algorithm.loss=own_surrogates.NUMBER"], ["is no function or class but int"]),
+        (["algorithm.loss=own_surrogates.NUMBER"], ["is of type int, not a function or class"]),
         (["algorithm.loss=own_surrogates.NoCall"], ["is a class without __call__"]),
-        (["algorithm.loss=own_surrogates.wants_too_much"], ["wants advantage", "did you mean advantages?"]),
+        (["algorithm.loss=own_surrogates.wants_too_much"], ["takes advantage", "did you mean advantages?"]),
         (["algorithm.loss_options.sharpness=3"], ["algorithm.loss_options", "clipped takes no options"]),
         (
             ["algorithm.loss=own_surrogates.SoftClip", "algorithm.loss_options.sharpnes=3"],
-            ["sharpnes is no option of own_surrogates.SoftClip; did you mean sharpness?"],
+            ["sharpnes is not an option of own_surrogates.SoftClip; did you mean sharpness?"],
         ),
         (
             ["algorithm.loss=own_surrogates.SoftClip", "algorithm.loss_options.sharpness=0"],

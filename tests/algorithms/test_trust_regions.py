@@ -336,13 +336,13 @@ def test_without_an_advantage_there_is_no_gradient(loss: str) -> None:
         (["algorithm=gmpo", "algorithm.loss_options.share=0.1"], "gmpo takes no options"),
         (
             ["algorithm=sapo", "algorithm.loss_options.positive_temprature=2"],
-            "positive_temprature is no option of sapo; did you mean positive_temperature?",
+            "positive_temprature is not an option of sapo; did you mean positive_temperature?",
         ),
         (["algorithm=dppo", "algorithm.loss_options.divergence=js"], "divergence: Input should be 'tv' or 'kl'"),
         (["algorithm=clip_cov", "algorithm.loss_options.low=6"], "low=6.0 is not below high=5.0"),
         (
             ["algorithm=dppo", "algorithm.rollout_correction=truncate", "algorithm.largest_weight=2"],
-            "rollout_correction would correct twice: the ratio of loss=dppo is to the sampler",
+            "rollout_correction would correct twice: the ratio of loss=dppo is already to the sampler",
         ),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sqlite3
 import tempfile
@@ -104,7 +103,6 @@ def test_a_tool_that_is_gone_ends_the_run(here: Path, monkeypatch: pytest.Monkey
         assert run.end() == 1
     finally:
         run.clean_up()
-    assert re.search(
-        r"offers other tools than when the run began, which its\s+prompts describe: calc is gone", run.text
-    )
+    changed = "have changed since the run began, and its prompts describe the old ones: calc is gone"
+    assert changed in " ".join(run.text.split())  # the report is wrapped
     assert run.left_after(10) == []

@@ -48,7 +48,7 @@ class Game(Environment):
             trial.close()
         except Exception as error:
             why = " ".join(str(error).split())
-            return [f"{cls.package} cannot begin {config.name!r}: {type(error).__name__}: {why:.300}"]
+            return [f"{cls.package} cannot start {config.name!r}: {type(error).__name__}: {why:.300}"]
         return []
 
     @classmethod

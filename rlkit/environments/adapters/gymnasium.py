@@ -43,7 +43,7 @@ class Gymnasium(Game):
         count = int(self._env.action_space.n)
         self._names = self.config.actions or self._known.actions or tuple(str(self._first + i) for i in range(count))
         if len(self._names) != count:
-            raise ValueError(f"environment.actions has {len(self._names)} names, and there are {count} actions")
+            raise ValueError(f"environment.actions has {len(self._names)} names, but there are {count} actions")
         self._state, _ = self._env.reset(seed=seed)
         rules = self._known.rules if self.config.rules is None else self.config.rules
         return "\n".join(part for part in (rules, f"Actions: {', '.join(self._names)}.", self._seen()) if part)
@@ -114,7 +114,7 @@ def _made(name: str, options: dict[str, Any], seed: int) -> Any:
     space = env.observation_space
     parts = space.spaces if isinstance(space, Tuple) else [space]
     if env.render_mode != "ansi" and not all(isinstance(part, Discrete | MultiDiscrete) for part in parts):
-        raise ValueError(f"its states are {space}, and it does not draw them as text")
+        raise ValueError(f"its states are {space}, but it does not draw them as text")
     return env
 
 

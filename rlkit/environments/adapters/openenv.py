@@ -88,10 +88,12 @@ class OpenEnv(Environment):
             fields = {name: field for name, field in schema["properties"].items() if name != "metadata"}
             tools = _tools(base) if {"tool_name", "arguments"} <= fields.keys() else ()
         except (HttpError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"environment.url={config.url}: no server of OpenEnv answers: {error}") from error
+            raise UserError(f"environment.url={config.url}: no OpenEnv server answers: {error}") from error
         if config.action_field is not None and config.action_field not in fields:
             there = ", ".join(fields) or "none"
-            raise UserError(f"environment.action_field={config.action_field}: the server's actions have {there}")
+            raise UserError(
+                f"environment.action_field={config.action_field}: the fields of the server's actions: {there}"
+            )
         return _Server(fields, tuple(name for name in schema.get("required", ()) if name in fields), tools)
 
     @classmethod
@@ -111,7 +113,7 @@ class OpenEnv(Environment):
                 await self._socket.close()
                 if time.monotonic() > latest:
                     raise EnvironmentFailure(
-                        f"{error}; lower environment.concurrency, or let the server have more sessions "
+                        f"{error}; lower environment.concurrency, or allow the server more sessions "
                         "(max_concurrent_envs)"
                     ) from error
                 await asyncio.sleep(0.1)
@@ -188,7 +190,9 @@ class OpenEnv(Environment):
         wanted = self.config.observation_field
         if wanted is not None:
             if wanted not in observation:
-                raise EnvironmentFailure(f"environment.observation_field={wanted}: there is {', '.join(observation)}")
+                raise EnvironmentFailure(
+                    f"environment.observation_field={wanted}: the observation has {', '.join(observation)}"
+                )
             value = observation[wanted]
         elif "tool_name" in observation and "result" in observation:
             value = _of_tool(observation)

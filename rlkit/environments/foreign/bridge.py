@@ -47,7 +47,7 @@ class Bridge:
             raise
         if error is not None:
             await child.end()
-            raise UserError(f"{self.name}: {error}" if error else f"{self.name} ended at its start, {child.ending()}")
+            raise UserError(f"{self.name}: {error}" if error else f"{self.name} ended during startup, {child.ending()}")
         self._child, reading = child, asyncio.create_task(self._read(child))
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)

@@ -74,8 +74,8 @@ class Program(Agent):
         messages = config.missing()
         if shutil.which(config.command[0]) is None:
             messages.append(
-                f"environment.command: {config.command[0]} is no program here: no file that may be executed, or not "
-                "in PATH"
+                f"environment.command: {config.command[0]} is not a program here: not an executable file, or "
+                "not in PATH"
             )
         return messages
 
@@ -133,7 +133,7 @@ def _step(printed: str) -> Step:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"]))
         raise ProgramError(
-            f'its last line should be {{"reward": NUMBER}} (environment.prints_reward=false if it prints none), and '
+            f'its last line should be {{"reward": NUMBER}} (environment.prints_reward=false if it prints none), but '
             f"is {line!r:.200}: {place} {wrong['msg']}"
         ) from error
     return Step(**values)

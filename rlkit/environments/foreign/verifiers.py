@@ -106,8 +106,8 @@ def _listed(config: VerifiersConfig) -> Mapping[str, list[Any]]:
 def _asked(options: str) -> Mapping[str, list[Any]]:
     config = VerifiersConfig.model_validate_json(options)
     if not os.access(config.python, os.X_OK):
-        remedy = f"python -m venv {Path(config.python).parent.parent}, and install verifiers into it"
-        raise UserError(f"environment.python: {config.python} is no program; {remedy}")
+        remedy = f"run python -m venv {Path(config.python).parent.parent}, and install verifiers into it"
+        raise UserError(f"environment.python: {config.python} is not a program; {remedy}")
     purpose = json.dumps(_purpose(config, list=True, most=config.max_tasks)) + "\n"
     where = f"environment.id={config.id}"
     try:
@@ -122,7 +122,7 @@ def _asked(options: str) -> Mapping[str, list[Any]]:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{where} was not loaded within {LOADING_SECONDS:g} s") from error
     if not done.stdout:
-        raise UserError(f"{where} ended while it was loaded, exit code {done.returncode}: {done.stderr[-SHOWN:]}")
+        raise UserError(f"{where} ended while loading, exit code {done.returncode}: {done.stderr[-SHOWN:]}")
     listed: dict[str, Any] = json.loads(done.stdout)
     if "error" in listed:
         raise UserError(f"{where}: {listed['error']}")

@@ -95,4 +95,4 @@ class Tools(Environment):
 
 def _clashes(names: Sequence[str]) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
-    return [f"{name} is the name of two tools; give one another: {{kind:...,name:...}}" for name in twice]
+    return [f"{name} is the name of two tools; give one of them another name: {{kind:...,name:...}}" for name in twice]

@@ -102,8 +102,8 @@ class McpSession(Session):
         known, now = self.shared.tools, connection.tools
         if now is not known and (different := changes(known, now)):
             raise ToolsChangedError(
-                f"environment.tools: {self.options.where} offers other tools than when the run began, which its "
-                f"prompts describe: {different}"
+                f"environment.tools: the tools of {self.options.where} have changed since the run began, and "
+                f"its prompts describe the old ones: {different}"
             )
 
     async def close(self) -> None:
@@ -174,7 +174,7 @@ def _check(name: str, schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], s
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        raise UserError(f"the arguments of its tool {name} have no JSON schema: {error.message[:200]}") from error
+        raise UserError(f"the arguments of its tool {name} have no valid JSON schema: {error.message[:200]}") from error
     validator = kind(schema, registry=REGISTRY)  # without a registry it would fetch remote references
 
     def check(arguments: Mapping[str, Any]) -> str:

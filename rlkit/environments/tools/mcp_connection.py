@@ -63,7 +63,7 @@ class ServerOptions(Section):
             if address.scheme not in ("http", "https") or not address.hostname:
                 raise ValueError(f"url must be an address like http://127.0.0.1:8000/mcp, not {self.url!r}")
             if address.username or address.password:
-                raise ValueError("url is an address only; a secret belongs into the variable of token_variable")
+                raise ValueError("url must be only an address; a secret belongs in the variable of token_variable")
         return self
 
     @property

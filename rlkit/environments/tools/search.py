@@ -74,7 +74,7 @@ class Search(ToolOptions):
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, not {self.url!r}")
         if self.url is not None and (self.text_column, self.title_column) != ("text", None):
-            raise ValueError("text_column and title_column are a corpus's; a retriever's documents have `contents`")
+            raise ValueError("text_column and title_column are for a corpus; a retriever's documents have `contents`")
         return self
 
     def repeats(self) -> bool:
@@ -121,9 +121,9 @@ def _column(line: str, column: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, no JSON object")
+        raise UserError(f"{where} is {type(row).__name__}, not a JSON object")
     if not isinstance(row.get(column), str):
         raise UserError(f"{where} has no text in {column!r}; it has {', '.join(sorted(row))}")
     text: str = row[column]

@@ -101,7 +101,7 @@ def _columns(template: str) -> tuple[str, ...]:
     """Return the columns that the template names. Raises ValueError."""
     names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     if not all(name.isidentifier() for name in names):
-        raise ValueError(f"what is in braces must be the name of a column: {template}")
+        raise ValueError(f"braces must contain the name of a column: {template}")
     return tuple(dict.fromkeys(names))
 
 

@@ -68,9 +68,9 @@ class UserSession(Session):
                 content = json_object(await self.shared.answer(chat, guided_decoding(_ANSWER, "answer"), deadline))
                 answer, numbers = content.get("answer"), content.get("facts")
                 if not isinstance(answer, str) or not isinstance(numbers, list):
-                    raise Unparsable("answer is no text, or facts is no list")
+                    raise Unparsable("answer is not a text, or facts is not a list")
                 if not all(type(number) is int and 1 <= number <= len(keys) for number in numbers):
-                    raise Unparsable(f"facts {numbers!r:.80} are no numbers from 1 to {len(keys)}")
+                    raise Unparsable(f"facts {numbers!r:.80} are not numbers from 1 to {len(keys)}")
                 return answer, [keys[number - 1] for number in numbers[:most]]
             except Unparsable as error:
                 wrong = str(error)
@@ -115,7 +115,7 @@ class User(ToolOptions):
     def check(self, seconds: float) -> list[str]:
         name = self.api_key_variable
         if name is not None and not os.environ.get(name):
-            return [f"user: there is no environment variable {name}; export {name}=..."]
+            return [f"user: the environment variable {name} is not set; export {name}=..."]
         return []
 
     def prepare(self) -> ChatClient | None:
@@ -152,7 +152,7 @@ _ANSWER = {
 def _facts(cell: Any, column: str) -> Mapping[str, str]:
     texts = isinstance(cell, Mapping) and all(isinstance(one, str) for pair in cell.items() for one in pair)
     if not texts or not cell:
-        raise EnvironmentFailure(f"{column} must be an object of words and texts, not {cell!r:.80}")
+        raise EnvironmentFailure(f"{column} must be an object that maps words to texts, not {cell!r:.80}")
     facts: Mapping[str, str] = cell
     return facts
 

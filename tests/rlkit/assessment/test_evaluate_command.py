@@ -140,10 +140,10 @@ def test_a_question_that_has_changed_is_not_compared(
         (["trainer.total_steps=3"], "trainer.total_steps=3: has no effect here"),
         (["checkpoints=all"], "has no effect without run=FOLDER"),
         (["evaluate.samples=0"], "nothing is answered; add evaluate.greedy=true"),
-        (["run=nowhere"], "is no folder of a run"),
+        (["run=nowhere"], "is not the folder of a run"),
         (["model=endpoint"], "needs the server's address: model.url=http://127.0.0.1:8000/v1"),
         (["model=endpoint", "model.url=ftp://x"], "must be http://HOST:PORT/v1"),
-        (["model=endpoint", "model.url=http://a:b@x/v1"], "a secret belongs into the variable"),
+        (["model=endpoint", "model.url=http://a:b@x/v1"], "a secret belongs in the environment variable"),
         (
             ["model=endpoint", "model.url=http://far.example/v1", "model.token_env=HOME"],
             "its token would go to far.example unencrypted",
@@ -154,13 +154,13 @@ def test_a_question_that_has_changed_is_not_compared(
         ),
         (
             ["model=endpoint", "model.url=http://127.0.0.1:1/v1", "reward=group_length", "evaluate.samples=2"],
-            "reads tokens, and an endpoint gives texts alone",
+            "reads tokens, but an endpoint returns only texts",
         ),
         (
             ["model.url=http://127.0.0.1:1/v1", "model=tiny", "model.name=x", "model.path=/x"],
             "the server has the model",
         ),
-        (["policy=none"], "somebody must judge the answers"),
+        (["policy=none"], "nothing judges the answers"),
         (["reward=implicit_prm"], "learns in a run"),
         (["reward=environment"], "there is none"),
         (["evaluate.against=nowhere"], "there is no nowhere/samples.jsonl"),

@@ -54,7 +54,7 @@ def test_what_was_not_judged_is_left_out_and_never_wrong() -> None:
     assert one.truncated == pytest.approx(3 / 12)
     assert one.length is not None and one.length.value == pytest.approx(11.5)
     *_, said = Findings([one], (), "Rule", None, causes(answers)).notes()
-    assert said == "Columns of fewer questions (the others have too few judged answers): step 0 sampled, k=3: 1 of 2."
+    assert said == "Columns with fewer questions (the others have too few judged answers): step 0 sampled, k=3: 1 of 2."
 
 
 def test_greedy_and_sampled_answers_are_lines_of_their_own_and_steps_are_in_order() -> None:

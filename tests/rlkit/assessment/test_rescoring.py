@@ -56,13 +56,13 @@ def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "4 answers, 3 judged by both" in said
     assert "1.000 recorded" in said and "0.667 rule" in said
-    said = said.split("Placed higher by rule, of 3 answers; equal rewards share a place:\n")[1]
-    up, down = said.split("Placed lower by rule, of 3 answers; equal rewards share a place:\n")
-    assert up.splitlines()[0].split() == ["recorded", "place", "rule", "place", "answer"]
+    said = said.split("Ranked higher by rule, of 3 answers; equal rewards share a rank:\n")[1]
+    up, down = said.split("Ranked lower by rule, of 3 answers; equal rewards share a rank:\n")
+    assert up.splitlines()[0].split() == ["recorded", "rank", "rule", "rank", "answer"]
     assert up.splitlines()[1].split() == ["0.000", "3", "1.000", "1.5", "step", "1", "00000000", "sample", "0"]
     assert down.splitlines()[1].split()[:4] == ["1.000", "2", "0.000", "3"]
     assert rescore([str(run), "reward=rule", "reward.strip_units=true"]) == 2
-    assert "rule.jsonl: is there already, of another reward" in capsys.readouterr().err
+    assert "rule.jsonl: already exists, from another reward" in capsys.readouterr().err
     assert rescore([str(run), "reward=rule", "name=again"]) == 0
 
 

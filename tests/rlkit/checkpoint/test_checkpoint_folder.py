@@ -114,7 +114,7 @@ def test_only_a_sealed_folder_has_a_checkpoints_name(tmp_path: Path) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 99}'), "another format"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 99}'), "is not in format"),
         (lambda f: (f / "policy" / "weights").unlink(), "policy/weights is missing"),
         (lambda f: (f / "policy" / "weights").write_bytes(b"w"), "has 1 bytes, not 5"),
         (lambda f: (f / "policy" / "weights").write_bytes(b"wwwwW"), "is damaged"),
@@ -133,7 +133,7 @@ def test_every_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, damag
     damage(tmp_path / "checkpoints" / "step_000002") if "bytes" not in message else (
         tmp_path / "checkpoints" / "step_000002" / "policy" / "weights"
     ).write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is intact"):
         find_resume(config)
 
 
@@ -253,7 +253,8 @@ def test_what_may_differ_is_said(tmp_path: Path) -> None:
         assert point is not None and not point.same_run
         assert point.notices == (
             "learner.learning_rate was 0.0003 and is 1e-05 now",
-            f"to keep what was: run_dir={tmp_path / 'old'} --config {tmp_path / 'old' / 'config.yaml'} resume=auto",
+            f"to keep the old values: run_dir={tmp_path / 'old'} "
+            f"--config {tmp_path / 'old' / 'config.yaml'} resume=auto",
         )
     (path / "run.yaml").touch()
     point = find_resume(config_of(tmp_path / "new", f"resume={path}", "learner.learning_rate=1e-5"))

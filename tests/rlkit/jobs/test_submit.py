@@ -184,7 +184,7 @@ def test_what_resume_finds_here_is_said_and_refuses_nothing(tmp_path: Path) -> N
     assert [text for text in resume_warnings(checked.run.config) if "/nowhere/old" in text and "no such folder" in text]
     (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
     (broken,) = resume_warnings(check_here([*run, "resume=auto"], None, ROOT).run.config)
-    assert "no checkpoint" in broken and "is whole" in broken
+    assert "no checkpoint" in broken and "is intact" in broken
 
 
 # The address

@@ -154,7 +154,7 @@ def test_a_resumed_adapter_goes_on_to_the_last_bit(model: Path, stage: int) -> N
     other.update(GROUPS, grpo_advantages(GROUPS))
     for one, two in zip(full_state(learner.engine).items(), full_state(other.engine).items(), strict=True):
         assert one[0] == two[0] and torch.equal(one[1], two[1])
-    with pytest.raises(ValueError, match="it is of another model"):
+    with pytest.raises(ValueError, match="it belongs to another model"):
         load_full_state(adapted(model, rank=2, zero_stage=stage).engine, state)
 
 

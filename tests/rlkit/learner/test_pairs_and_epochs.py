@@ -106,7 +106,7 @@ def test_denominators_count_the_pairs_of_an_optimizer_step() -> None:
 
 def test_pairs_that_a_layout_would_part_are_refused() -> None:
     groups, algorithm = make_groups(2), Pairwise("any")
-    with pytest.raises(ValueError, match="lets micro-batches part them"):
+    with pytest.raises(ValueError, match="lets micro-batches separate them"):
         policy_shares(groups, algorithm.advantages(Experience(groups, 1)), LearnerConfig(), algorithm.needs())
 
 

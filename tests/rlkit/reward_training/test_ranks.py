@@ -45,7 +45,9 @@ def living(folder: Path) -> list[int]:
     [
         pytest.param("exit 0", "exit 0", 0, "", marks=pytest.mark.slow),
         pytest.param("sleep", "exit 3", 3, "", marks=pytest.mark.slow),
-        pytest.param("sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; the others end\n", marks=pytest.mark.slow),
+        pytest.param(
+            "sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; ending the others\n", marks=pytest.mark.slow
+        ),
         pytest.param(
             "exit 0",
             "stop",
@@ -163,7 +165,7 @@ def test_a_training_does_not_outlast_a_rank(trouble: str, tmp_path: Path) -> Non
         assert run.wait(60) == 1
         text = (tmp_path / "error").read_text()
         if trouble == "SIGKILL":
-            assert "rlkit: rank 1 was ended by SIGKILL; the others end\n" in text
+            assert "rlkit: rank 1 was ended by SIGKILL; ending the others\n" in text
         else:
             assert "rlkit: rank 0 waited more than rank_timeout_seconds=8 s for another rank" in text
         psutil.wait_procs(family, 10)

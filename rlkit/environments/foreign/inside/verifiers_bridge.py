@@ -40,7 +40,7 @@ class Classic:
 
         self.environment = verifiers.load_environment(name, **arguments)
         if self.environment.requires_group_rollouts or self.environment.provides_advantages:
-            raise Refused(f"the rubric of {name} compares the rollouts of a group; rewards of single ones are needed")
+            raise Refused(f"the rubric of {name} compares the rollouts of a group; each rollout needs its own reward")
         # The episode has the deadline. Creating a client is slow; copying it for another address is not.
         self.openai = openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1", timeout=None)
         self.new_client = OpenAIChatCompletionsClient
@@ -51,7 +51,7 @@ class Classic:
     def tasks(self, most: int | None) -> dict[str, list[dict[str, Any]]]:
         splits = {"train": self.environment.build_dataset(), "heldout": self.environment.build_eval_dataset()}
         if splits["train"] is None:
-            raise Refused("it has a dataset for evaluations alone, and nothing to train on")
+            raise Refused("it has only a dataset for evaluation and nothing to train on")
         return {
             split: [_task(row, row["prompt"], row.get("answer")) for row in dataset.to_list()[:most]]
             for split, dataset in splits.items()
@@ -83,7 +83,7 @@ class Current:
     def tasks(self, most: int | None) -> dict[str, list[dict[str, Any]]]:
         taskset = self.environment.taskset
         if most is None and not taskset.bounded:
-            raise Refused("its tasks never end; say how many are used: environment.max_tasks=1000")
+            raise Refused("its tasks never end; set how many are used: environment.max_tasks=1000")
         listed = []
         for task in taskset if most is None else taskset.take(most):
             row = task.data.model_dump(mode="json")
@@ -105,7 +105,7 @@ class Current:
         errors = [*episode.errors, *(error for trace in traces if not trace.ok for error in trace.errors)]
         if errors or not traces:
             last = errors[-1] if errors else None
-            raise RuntimeError(f"{last.type}: {last.message}" if last else "no agent that may be trained has played")
+            raise RuntimeError(f"{last.type}: {last.message}" if last else "no trainable agent has played")
         rewards = {f"reward_{name}": reward.value for trace in traces for name, reward in trace.rewards.items()}
         metrics = {name: value for trace in traces for name, value in trace.metrics.items() if value is not None}
         return {"reward": sum(trace.reward for trace in traces) / len(traces), "metrics": {**rewards, **metrics}}
@@ -130,7 +130,7 @@ def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if wrong := next((part["type"] for part in content if part["type"] != "text"), None):
-        raise Refused(f"its prompts have parts of the type {wrong}, and the policy reads text")
+        raise Refused(f"its prompts have parts of type {wrong}, but the policy reads only text")
     return "".join(part["text"] for part in content)
 
 
@@ -144,7 +144,7 @@ def load(name: str, arguments: Mapping[str, Any]) -> Classic | Current:
         ) from None
     release = tuple(int(part) for part in installed.split(".")[:2])
     if not (0, 3) <= release < (0, 5):
-        raise Refused(f"{sys.executable} has verifiers {installed}, and {TRIED} is what works with this")
+        raise Refused(f"{sys.executable} has verifiers {installed}, but this needs {TRIED}")
     module = name.rsplit("/", 1)[-1].split("@", 1)[0].replace("-", "_")
     try:
         classic = hasattr(importlib.import_module(module), "load_environment")
@@ -154,8 +154,8 @@ def load(name: str, arguments: Mapping[str, Any]) -> Classic | Current:
         classic = False
     if classic and release >= (0, 4):
         raise Refused(
-            f"{module} has a load_environment, which verifiers {installed} does not know any more; install "
-            "'verifiers>=0.3.1,<0.4' beside it"
+            f"{module} has a load_environment, which verifiers {installed} no longer supports; install "
+            "'verifiers>=0.3.1,<0.4' alongside it"
         )
     if not classic and release < (0, 4):
         raise Refused(

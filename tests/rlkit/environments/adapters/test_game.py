@@ -74,7 +74,7 @@ def test_no_seed_is_in_both_splits() -> None:
 def test_what_cannot_be_played_is_said_before_a_run() -> None:
     assert Dice.check(GameConfig(name="dice")) == []
     (message,) = Dice.check(GameConfig(name="bridge"))
-    assert message == "json cannot begin 'bridge': ValueError: the number of players has to be 4"
+    assert message == "json cannot start 'bridge': ValueError: the number of players has to be 4"
 
     class Absent(Dice):
         package = "no_such_package"

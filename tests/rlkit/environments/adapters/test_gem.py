@@ -46,4 +46,4 @@ def test_episodes_side_by_side_are_those_alone(name: str) -> None:
 
 def test_what_cannot_be_played_is_refused() -> None:
     (said,) = Gem.check(GemConfig(name="game:Nowhere"))
-    assert said == "gem cannot begin 'game:Nowhere': ValueError: Environment game:Nowhere not found in registry."
+    assert said == "gem cannot start 'game:Nowhere': ValueError: Environment game:Nowhere not found in registry."

@@ -79,9 +79,9 @@ def test_cards() -> None:
         ({"name": "Pendulum-v1"}, "only Discrete ones can be named"),
         ({"name": "Nowhere-v0"}, "NameNotFound: Environment `Nowhere` doesn't exist."),
         ({"options": {"wet": True}}, "unexpected keyword argument 'wet'"),
-        ({"actions": ("up", "down")}, "ValueError: environment.actions has 2 names, and there are 4 actions"),
+        ({"actions": ("up", "down")}, "ValueError: environment.actions has 2 names, but there are 4 actions"),
     ],
 )
 def test_what_cannot_be_played_is_refused(options: dict[str, object], message: str) -> None:
     (said,) = Gymnasium.check(GymnasiumConfig(**options))
-    assert said.startswith("gymnasium cannot begin") and message in said
+    assert said.startswith("gymnasium cannot start") and message in said

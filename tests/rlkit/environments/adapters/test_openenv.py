@@ -82,9 +82,9 @@ def test_the_servers_faults_are_not_the_policys(openenv_servers: dict[str, str])
         play(openenv_servers["game"], Action("99"))
     with pytest.raises(EnvironmentFailure, match="observation_field=board: there is text"):
         play(openenv_servers["game"], observation_field="board")
-    with pytest.raises(UserError, match="action_field=move: the server's actions have number"):
+    with pytest.raises(UserError, match="action_field=move: the fields of the server's actions: number"):
         prepared(openenv_servers["game"], action_field="move")
-    with pytest.raises(UserError, match="no server of OpenEnv answers"):
+    with pytest.raises(UserError, match="no OpenEnv server answers"):
         prepared("http://127.0.0.1:9")
 
 

@@ -64,4 +64,4 @@ def test_episodes_side_by_side_are_those_alone(name: str) -> None:
 )
 def test_what_cannot_be_played_is_refused(name: str, message: str) -> None:
     (said,) = TextArena.check(TextArenaConfig(name=name))
-    assert said.startswith(f"textarena cannot begin {name!r}") and message in said
+    assert said.startswith(f"textarena cannot start {name!r}") and message in said

@@ -86,7 +86,7 @@ def test_a_cancelled_episode_costs_the_program_only_if_it_hangs(monkeypatch: pyt
     ("purpose", "why"),
     [
         ({"error": "no such set"}, "no such set"),
-        ({"broken": True}, "the shop ended at its start, exit code 1: .*no data"),
+        ({"broken": True}, "the shop ended during startup, exit code 1: .*no data"),
     ],
 )
 def test_one_that_cannot_start_says_why(purpose: Any, why: str) -> None:

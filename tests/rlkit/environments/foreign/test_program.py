@@ -181,4 +181,4 @@ def test_mistakes_are_said_before_anything_starts(tmp_path: Path, monkeypatch: p
     assert config.command == ("sh", str(tmp_path / "agent.py"), "-v"), "it works in another folder"
     assert ["NO_SUCH_KEY is not set" in message for message in Program.check(config)] == [True]
     (message,) = Program.check(Program.Config(command=("./agent.py",)))
-    assert message.startswith(f"environment.command: {tmp_path / 'agent.py'} is no program here")
+    assert message.startswith(f"environment.command: {tmp_path / 'agent.py'} is not a program here")

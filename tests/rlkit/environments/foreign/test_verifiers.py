@@ -24,10 +24,10 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path, monkeypatch: 
     config = Verifiers.Config(python="venv/bin/python", id="my_sums")
     assert config.python == str(tmp_path / "venv/bin/python"), "processes may work elsewhere"
     (message,) = Verifiers.check(config)
-    assert f"{config.python} is no program; python -m venv {tmp_path / 'venv'}" in message
+    assert f"{config.python} is not a program; run python -m venv {tmp_path / 'venv'}" in message
 
 
 def test_the_configuration_says_it_at_once(tmp_path: Path) -> None:
     words = ("environment=verifiers", f"environment.python={tmp_path}/python", "environment.id=x", "model=agent")
-    with pytest.raises(ConfigError, match=r"environment\.python: .* is no program"):
+    with pytest.raises(ConfigError, match=r"environment\.python: .* is not a program"):
         load_config([*words, f"run_dir={tmp_path / 'run'}"])

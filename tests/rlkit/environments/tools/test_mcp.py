@@ -274,7 +274,7 @@ def test_tools_that_change_under_way_end_the_run() -> None:
             await host.start()
             await opened(host, "1")
             assert await said(host, "1", "change") == "changed"
-            with pytest.raises(ToolsChangedError, match=r"offers other tools than when the run began.*another is new"):
+            with pytest.raises(ToolsChangedError, match=r"have changed since the run began.*another is new"):
                 await repeatedly(lambda: said(host, "1", "add", a=1))  # noqa: B023
             await host.close("1")
         chosen = hosted({**STDIO, "tools": ["add", "change"]})  # others are not of interest
@@ -369,7 +369,7 @@ def test_problems_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (): "needs command",
         (("url", "http://h"), ("command", ("a",))): "not both",
         (("url", "h:1"),): "must be an address",
-        (("url", "http://a:b@h"),): "a secret belongs into",
+        (("url", "http://a:b@h"),): "a secret belongs in",
         (("url", "http://h"), ("variables", ("A",))): "variables has no effect with url",
         (("command", ("a",)), ("token_variable", "A")): "token_variable has no effect with command",
         (("command", ("a",)), ("description", "d")): "the server describes its tools",

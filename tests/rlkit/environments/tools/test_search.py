@@ -112,8 +112,8 @@ def test_a_file_is_searched(tmp_path: Path) -> None:
     [
         ('{"text": "a"}\n{"text": 1}\n', "line 2 has no text in 'text'; it has text"),
         ('{"text": "a"}\n{"body": "b"}\n', "line 2 has no text in 'text'; it has body"),
-        ('{"text": "a"}\n\n[1]\n', "line 3 is list, no JSON object"),
-        ('{"text": "a"}\n{"text"\n', "line 2 is no JSON"),
+        ('{"text": "a"}\n\n[1]\n', "line 3 is list, not a JSON object"),
+        ('{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -80,7 +80,7 @@ def test_a_subclass_adds_tools_of_its_own() -> None:
     calls = [("price", {"item": "tea"}), ("price", {"item": "car"}), ("calculator", {"expression": "3*2"})]
     assert play(["calculator"], *calls, cls=Shop) == ["3", "error: KeyError: 'car'", "6"]
     clash = Shop.Config(tools=[{"kind": "calculator", "name": "price"}])
-    assert Shop.check(clash) == ["price is the name of two tools; give one another: {kind:...,name:...}"]
+    assert Shop.check(clash) == ["price is the name of two tools; give one of them another name: {kind:...,name:...}"]
 
 
 def test_two_databases_by_two_names(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_questions_are_read_word_by_word() -> None:
 
 @pytest.mark.parametrize("facts", [None, [], {}, "one", {"one": 1}])
 def test_a_row_without_facts_is_not_the_policys_fault(facts: Any) -> None:
-    with pytest.raises(EpisodeFailedError, match="facts must be an object of words and texts"):
+    with pytest.raises(EpisodeFailedError, match="facts must be an object that maps words to texts"):
         asked("one", facts=facts)
 
 
@@ -108,7 +108,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_and_then_not_the_polic
     bad = {"answer": "It is 9.", "facts": [9]}
     with tells(bad, {"answer": "It is 2.", "facts": [2]}) as server:
         assert said(modelled(server, "two?")) == ["It is 2."] and len(server.asked) == 2
-    with tells(bad, bad) as server, pytest.raises(EpisodeFailedError, match=r"facts \[9\] are no numbers"):
+    with tells(bad, bad) as server, pytest.raises(EpisodeFailedError, match=r"facts \[9\] are not numbers"):
         modelled(server, "two?")
     with JudgeServer(lambda _: Reply(status=400)) as server, pytest.raises(EpisodeFailedError, match="user: refused"):
         modelled(server, "two?")
@@ -121,7 +121,7 @@ def test_options_of_a_model() -> None:
     with pytest.raises(ValidationError, match="base_url and model go together"):
         Tools.Config(tools=[{"kind": "user", "model": "m"}])
     config = Tools.Config(tools=[{"kind": "user", "base_url": "http://x", "model": "m", "api_key_variable": "NO_KEY"}])
-    assert Tools.check(config) == ["user: there is no environment variable NO_KEY; export NO_KEY=..."]
+    assert Tools.check(config) == ["user: the environment variable NO_KEY is not set; export NO_KEY=..."]
 
 
 # -- the embedded game ---------------------------------------------------------------------------------------
