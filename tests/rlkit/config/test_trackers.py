@@ -52,8 +52,8 @@ def test_the_older_key_still_says_whether_there_is_tensorboard(tmp_path: Path) -
     [
         ("wandb", "must be a list, like [tensorboard,{kind:wandb,project:mine}]"),
         ("[wanddb]", "there is no kind 'wanddb'; did you mean wandb?"),
-        ("[tensorboard,tensorboard]", "tensorboard stands there twice"),
-        ("[{kind:wandb,projekt:x}]", "projekt is no option of it; did you mean project?"),
+        ("[tensorboard,tensorboard]", "tensorboard is listed twice"),
+        ("[{kind:wandb,projekt:x}]", "there is no option projekt; did you mean project?"),
         ("[{kind:wandb,api_key:x}]", "takes api_key from the environment alone"),
         ("[{kind:mlflow,tracking_token:x}]", "takes tracking_token from the environment alone"),
         ("[own_trackers.CALLS]", "is not a class"),
