@@ -177,7 +177,7 @@ WRONG = {
     "model.chat_template=gone.jinja": ["no such file"],
     "data=jsonl data.path=train.jsonl data.heldout_path=train.jsonl": ["has the rows of data.path"],
     "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path (copy.jsonl)"],
-    "data=jsonl data.path=one.jsonl": ["one.jsonl has one question only, so none can be held out"],
+    "data=jsonl data.path=one.jsonl": ["one.jsonl has only one question, so none can be held out"],
     "data=jsonl data.path=train.jsonl data.heldout_path=half.jsonl": ["32 of 64 rows cannot be used", "asks the same"],
     "data=jsonl data.path=long.jsonl": [
         "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 61 train prompts are longer",
