@@ -26,22 +26,21 @@ def layers_exist(model: ModelConfig, model_shape: ModelShape | ModelFolderError)
     known = linear_shapes(model_folder(model.path))
     if lora.target_modules == ALL_LINEAR:
         if not known:
-            yield ConfigIssue(f"{KEY}.target_modules", "name the layers: the model's weights are no safetensors files")
+            yield ConfigIssue(f"{KEY}.target_modules", "name the layers: the model's weights are not safetensors files")
         return
     absent = [target for target in lora.target_modules if not any(is_target(name, (target,)) for name in known)]
     if known and (absent or not adapted_layers(model.path, lora)):
         names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known))
-        yield ConfigIssue(
-            f"{KEY}.target_modules",
-            f"the model has no linear layer {', '.join(absent) or 'of an empty list'}; it has {names}",
-        )
+        why = f"the model has no linear layer {', '.join(absent)}; it" if absent else "the list is empty; the model"
+        yield ConfigIssue(f"{KEY}.target_modules", f"{why} has {names}")
 
 
 def reference_is_the_base(model: ModelConfig, algorithm: Algorithm) -> Issues:
     if model.lora is not None and algorithm.config.reference_every_steps:
         yield ConfigIssue(
             "algorithm.reference_every_steps",
-            f"with {KEY} the reference is the model without its adapter, which stays: use 0, or train all weights",
+            f"with {KEY} the reference is the model without its adapter, which never changes: use 0, or train all "
+            "weights",
         )
 
 

@@ -86,7 +86,7 @@ def algorithm_finds_its_answers(algorithm: Algorithm, data: DataSource) -> Issue
     if algorithm.needs().answer and "answer" not in data.provides():
         yield ConfigIssue(
             "algorithm",
-            f"{type(algorithm).__name__} needs a gold answer with every prompt, and {type(data).__name__} provides "
+            f"{type(algorithm).__name__} needs a gold answer with every prompt, but {type(data).__name__} provides "
             "none; choose other data, or another algorithm",
         )
 
@@ -109,8 +109,8 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
     if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
         yield ConfigIssue(
             "reward",
-            f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by "
-            "their spread, so prompts whose scores spread widely outweigh others; GRPO and PPO do it by default, or "
+            f"{reward.cls.__name__} gives a model's raw scores, and {type(algorithm).__name__} does not divide by "
+            "their spread, so prompts whose scores spread widely outweigh others; GRPO and PPO do so by default, or "
             "the reward can: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
             warning=True,
         )
@@ -150,8 +150,8 @@ def model_is_usable(
     if known_run(folder) == "rows":
         yield ConfigIssue(
             "model.path",
-            "its layers carry state from token to token, or its attention is its own: the learner runs each sequence "
-            "as a row of its own, which is exact but slower (docs/models.md)",
+            "its layers carry state from token to token, or it has attention code of its own: the learner runs each "
+            "sequence as a separate row, which is exact but slower (docs/models.md)",
             warning=True,
         )
 
@@ -234,7 +234,7 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
     low, high = buffer.min_group_reward, buffer.max_group_reward
     if low is not None and high is not None and low > high:
         yield ConfigIssue(
-            "buffer.min_group_reward", f"is above buffer.max_group_reward={high}: every group is rejected"
+            "buffer.min_group_reward", f"is above buffer.max_group_reward={high}: every group would be rejected"
         )
 
 
@@ -243,7 +243,7 @@ def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: Rollo
         filters = [name for name, value in buffer if value != getattr(BufferConfig(), name)]
         if filters and "data" in algorithm.needs().sources:
             yield ConfigIssue(
-                f"buffer.{filters[0]}", "filters what was sampled; with rollout.source=data the rows are the data's"
+                f"buffer.{filters[0]}", "filters sampled groups, but with rollout.source=data nothing is sampled"
             )
     elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
@@ -276,7 +276,7 @@ def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig
     if cluster.device == "cuda" and config.dtype != "float32" and config.zero_stage == 0:
         yield ConfigIssue(
             f"{section}.zero_stage",
-            f"keeps no fp32 master weights at 0, and bfloat16 ({section}.dtype={config.dtype} with "
+            f"keeps no fp32 master weights at 0, but bfloat16 ({section}.dtype={config.dtype} with "
             "cluster.device=cuda) needs them; set at least 1",
         )
 
@@ -303,7 +303,7 @@ def critic_fits(
             yield ConfigIssue("critic.path", str(error))
     for name in ("logit_elements_per_chunk", "reference_cache"):
         if name in changed:
-            yield ConfigIssue(f"critic.{name}", "has no effect: a critic has values, no logits and no log-probs")
+            yield ConfigIssue(f"critic.{name}", "has no effect: a critic computes values, not logits or log-probs")
     yield from _unequal_minibatches("critic", critic, trainer, algorithm.config.samples_per_prompt)
     yield from _unfit_schedule("critic", critic, trainer)
     yield from _lacking_masters("critic", critic, cluster)
@@ -351,7 +351,7 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
     usual = (None, 0.5)  # 0.5 was the default, so it is in older files
     if cluster.address is not None and cluster.object_store_gib not in usual:
         yield ConfigIssue(
-            "cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already"
+            "cluster.object_store_gib", "has no effect with cluster.address: that Ray already has its store"
         )
 
 

@@ -71,7 +71,7 @@ def split_off_subject(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     rest = words[len(named) :]
     named += [word.removeprefix("run=") for word in rest if word.startswith("run=")]
     if len(named) > 1:
-        raise ConfigError([ConfigIssue(f"run={named[1]}", f"{named[0]} is named already; leave one of them out")])
+        raise ConfigError([ConfigIssue(f"run={named[1]}", f"{named[0]} is already given; leave one of them out")])
     return next(iter(named), None), [word for word in rest if not word.startswith("run=")]
 
 

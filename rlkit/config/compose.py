@@ -216,7 +216,7 @@ def merge_file(
     problems = []
     for section, value in content.items():
         if section in choices:
-            message = f"{file} sets {section} already; to change keys of it, write {section}.KEY=VALUE alone"
+            message = f"{file} already sets {section}; to change its keys, write only {section}.KEY=VALUE"
             problems.append(ConfigIssue(sources.typed[section], message))
             continue
         listed = section == "reward" and isinstance(value, list)  # parts of a combination

@@ -76,7 +76,7 @@ def engine_takes_its_arguments(rollout: RolloutConfig, cluster: ClusterConfig) -
             yield ConfigIssue(key, f"is set by {OWNED[name]}; use that")
         elif name in fixed:
             where = " with cluster.device=cpu" if name in FIXED_ON_CPU else ""
-            yield ConfigIssue(key, f"cannot be changed{where}: rlkit depends on what it sets; leave it out")
+            yield ConfigIssue(key, f"cannot be changed{where}: rlkit depends on its own value; leave it out")
         elif known and name not in known:
             guess = nearest(name, known - OWNED.keys() - set(fixed))
             meant = f"did you mean rollout.engine.{guess}?" if guess else "the names are those of its EngineArgs"
@@ -101,8 +101,8 @@ def _drafts(speculative: Any, device: str) -> Iterator[ConfigIssue]:
     elif speculative.get("rejection_sample_method", "standard") != "standard":
         yield ConfigIssue(
             key,
-            "rejection_sample_method must stay standard: only then do drafts leave the distribution and its log-probs "
-            "what they are",
+            "rejection_sample_method must stay standard: with any other, drafts change the distribution and its "
+            "log-probs",
         )
 
 
@@ -114,14 +114,15 @@ def other_precision_is_corrected(algorithm: Algorithm, rollout: RolloutConfig) -
     if not algorithm.needs().corrects_staleness:
         yield ConfigIssue(
             "rollout.engine",
-            f"{names} samples from other probabilities than the learner's, and the loss of {type(algorithm).__name__} "
-            "cannot weight tokens against that (needs().corrects_staleness); leave it out",
+            f"with {names} the sampler's probabilities differ from the learner's, and the loss of "
+            f"{type(algorithm).__name__} cannot weight tokens to correct that (needs().corrects_staleness); leave it "
+            "out",
         )
     elif not getattr(algorithm.config, "corrects", True):
         yield ConfigIssue(
             "algorithm.rollout_correction",
-            f"none trains as if {names} sampled from the learner's probabilities; leave it out for truncated "
-            "importance weights",
+            f"none ignores that with {names} the sampler's probabilities differ from the learner's; leave it out to "
+            "get truncated importance weights",
         )
 
 

@@ -28,19 +28,19 @@ def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
     if not judge.cls.traits(judge.config).environment:
         return
     if environment is None:
-        yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gave, and there is none; add {NAMES}")
+        yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gives, but there is none; add {NAMES}")
     elif not environment.cls.gives_rewards(environment.config):
         yield ConfigIssue(
             key,
-            f"{judge.cls.__name__} reads what the environment gave, and {environment.cls.__name__} as configured gives "
-            f"nothing: every episode would earn 0; name another ({key}=math, ...)",
+            f"{judge.cls.__name__} reads what the environment gives, but {environment.cls.__name__} as configured "
+            f"gives nothing: every episode would score 0; choose another {key} ({key}=math, ...)",
         )
 
 
 def turns_come_from_an_environment(algorithm: Algorithm, environment: Part | None) -> Issues:
     if environment is None and algorithm.needs().turns:
         name = type(algorithm).__name__
-        yield ConfigIssue("algorithm", f"{name} as configured tells turns apart, and there are none; add {NAMES}")
+        yield ConfigIssue("algorithm", f"{name} as configured needs turns, and there are none; add {NAMES}")
 
 
 def environment_is_usable(environment: Part | None) -> Issues:
@@ -56,8 +56,8 @@ def environment_is_usable(environment: Part | None) -> Issues:
     if not environment.cls.deterministic(environment.config):
         yield ConfigIssue(
             "environment",
-            f"{environment.cls.__name__} does not answer alike to the same actions, so a resumed run goes on otherwise "
-            "than one that was not interrupted",
+            f"{environment.cls.__name__} may answer the same actions differently, so a resumed run differs from one "
+            "that was not interrupted",
             warning=True,
         )
 
@@ -83,7 +83,7 @@ def policy_plays_the_episodes(environment: Part | None, rollout: RolloutConfig) 
     if rollout.source != "policy":
         yield ConfigIssue(
             "rollout.source",
-            f"{rollout.source} gives whole responses, and an environment talks to the policy turn by turn; leave out "
+            f"{rollout.source} gives whole responses, but an environment talks to the policy turn by turn; leave out "
             "the environment (environment=none), or rollout.source",
         )
     if rollout.steps != "none":
@@ -91,7 +91,7 @@ def policy_plays_the_episodes(environment: Part | None, rollout: RolloutConfig) 
     if rollout.structured is not None:
         yield ConfigIssue(
             f"rollout.structured.{rollout.structured.kind}",
-            "holds for a whole response, and with an environment the policy says several things; leave it out",
+            "applies to a whole response, but with an environment the policy writes several turns; leave it out",
         )
 
 
@@ -102,13 +102,13 @@ def budgets_fit(environment: Part | None, rollout: RolloutConfig) -> Issues:
     if tokens > most:
         yield ConfigIssue(
             "environment.max_turn_tokens",
-            f"is above rollout.max_response_tokens={most}, which holds for a whole episode; lower it, or raise that",
+            f"is above rollout.max_response_tokens={most}, the limit of a whole episode; lower this, or raise that",
         )
     elif turns * tokens > most:
         yield ConfigIssue(
             "environment.max_turns",
-            f"{turns} turns of up to {tokens} tokens (environment.max_turn_tokens) are {turns * tokens}, and "
-            f"rollout.max_response_tokens={most} holds for all of them and what the environment says",
+            f"{turns} turns of up to {tokens} tokens (environment.max_turn_tokens) are {turns * tokens}, but "
+            f"rollout.max_response_tokens={most} limits all of them together with what the environment says",
             warning=True,
         )
 
@@ -135,14 +135,14 @@ def episodes_of_several_rows(environment: Part | None, reward: Part, algorithm: 
     """An agent may hold several conversations, and a template that rewrites earlier turns splits one into several."""
     if environment is None or not may_have_segments(environment.cls, environment.config):
         return
-    whose = "an agent's" if issubclass(environment.cls, Agent) else "those of environment.history=rerender"
-    why = f"as one row, and episodes ({whose}) may be several rows"
+    whose = "of an agent" if issubclass(environment.cls, Agent) else "with environment.history=rerender"
+    why = f"as one row, but an episode ({whose}) may be several rows"
     if reward.cls.traits(reward.config).joins_tokens:
-        yield ConfigIssue("reward", f"runs a model over prompt and response {why}; name another reward")
+        yield ConfigIssue("reward", f"runs a model over prompt and response {why}; choose another reward")
     if any(one.other_prompts for one in algorithm.needs().passes.values()):
         name = type(algorithm).__name__
         yield ConfigIssue(
-            "algorithm", f"{name} as configured puts responses behind other prompts {why}; name another algorithm"
+            "algorithm", f"{name} as configured puts responses after other prompts {why}; choose another algorithm"
         )
 
 

@@ -69,20 +69,20 @@ class HeldoutSets:
             return None
         others = f"{key}.data=NAME takes another source: {', '.join(sorted(self.options))}"
         far = [field for field in fields if nearest(field, cls.Config.model_fields) is None]
-        unknown = {f"{key}.{field}": f"{cls.__name__} has none; {others}" for field in far}
+        unknown = {f"{key}.{field}": f"{cls.__name__} does not have it; {others}" for field in far}
         config = self._typed(cls.Config, fields, key, unknown)
         return None if options is None or config is None else HeldoutSet(cls, config, options.prompts)
 
     def _fields(self, key: str, option: str | None, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the class of a set's source (None if unknown) and its fields."""
         if not NAME.fullmatch(key.rpartition(".")[2]):
-            self._refuse(key, {}, "is a name in metrics: letters, digits and _ only, a letter first")
+            self._refuse(key, {}, "is used in metric names: only letters, digits and _, starting with a letter")
             return None, {}
         if option is not None and option not in self.options:
             self._refuse(f"{key}.data", option, f"no such option; {did_you_mean(option, self.options)}")
             return None, {}
         if not own:
-            self._refuse(key, {}, f"names no problems; write {key}.path=FILE")
+            self._refuse(key, {}, f"has no source of problems; write {key}.path=FILE")
             return None, {}
         if option is not None:
             fields = option_fields(self.folder, "data", option) | own
@@ -114,22 +114,22 @@ def held_out_from(config: DataConfig) -> str:
     """Describe how a source separates its held-out problems from its training problems, with the key that sets it."""
     if hasattr(config, "heldout_problems"):
         return "drawn (data.heldout_problems)"
-    for key, what in (("heldout_path", "those of"), ("heldout_split", "the split")):
+    for key, what in (("heldout_path", "those in"), ("heldout_split", "the split")):
         if (value := getattr(config, key, None)) is not None:
             names = ", ".join(value) if isinstance(value, tuple) else value
             return f"{what} {names} (data.{key})"
     if "heldout_share" in type(config).model_fields:
         share = getattr(config, "heldout_share", None) or DEFAULT_HELDOUT_SHARE
-        return f"{share:.3g} of the questions of {getattr(config, 'path', 'the data')} (data.heldout_share)"
-    return "as the data source holds them out"
+        return f"{share:.3g} of the questions in {getattr(config, 'path', 'the data')} (data.heldout_share)"
+    return "chosen by the data source"
 
 
 def evaluation_is_of_one_kind(evaluation: EvaluationConfig) -> Issues:
     if evaluation.greedy and evaluation.samples > 1:
         yield ConfigIssue(
             "evaluation.samples",
-            f"{evaluation.samples} greedy responses (evaluation.greedy=true) to a prompt are the same; leave one of "
-            "these out",
+            f"{evaluation.samples} greedy responses (evaluation.greedy=true) to a prompt are all the same; leave one "
+            "of these options out",
         )
     if evaluation.greedy and evaluation.temperature is not None:
         yield ConfigIssue("evaluation.temperature", "has no effect with evaluation.greedy=true; leave one of them out")
@@ -140,7 +140,7 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource, evaluatio
     traits = verifier.cls.traits(verifier.config)
     if traits.update_when != "none" or traits.follows_policy:
         yield ConfigIssue(
-            "verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end"
+            "verifier", f"{verifier.cls.__name__} learns during the run; a verifier must not change its judgements"
         )
     if traits.samples > evaluation.samples:
         yield ConfigIssue(
@@ -163,8 +163,8 @@ def verifier_can_compare_training_answers(verifier: Part, evaluation: Evaluation
     if evaluation.training_answers and responses < needed <= evaluation.samples:
         yield ConfigIssue(
             "evaluation.training_answers",
-            f"{verifier.cls.__name__} compares {needed} responses to a prompt, and training takes {responses} "
-            "(algorithm.samples_per_prompt); set it to false",
+            f"{verifier.cls.__name__} compares {needed} responses to a prompt, but training samples {responses} "
+            "(algorithm.samples_per_prompt); set this to false",
         )
 
 

@@ -94,7 +94,7 @@ def print_help(words: Sequence[str] = ()) -> int:
         if not asked_for:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
             names |= {name for row in metric_table.rows() for name in row.names}
-            message = f"no section, option, key or metric; {_near(word, names)}"
+            message = f"no section, option, key or metric has this name; {_near(word, names)}"
             raise ConfigError([ConfigIssue(f"--help {word}", message)])
         if word in CONTRACTS:
             _print_part(console, word, options[word])
@@ -110,7 +110,9 @@ def _print_metrics(console: Console, listed: Mapping[str, Sequence[metric_table.
         console.print(f"\n[bold]{escape(section)}[/]" if section else "", highlight=False)
         for row in rows:
             console.print(f"  [cyan]{escape(', '.join(row.names))}[/]", highlight=False, soft_wrap=True)
-            texts = {"": row.meaning} if section else {"": row.meaning, "read it: ": row.reading, "do: ": row.remedy}
+            texts = {"": row.meaning}
+            if not section:
+                texts |= {"how to read it: ": row.reading, "what to do: ": row.remedy}
             for title, text in texts.items():
                 if text:
                     shown = escape(title + metric_table.plain(text))
@@ -119,7 +121,7 @@ def _print_metrics(console: Console, listed: Mapping[str, Sequence[metric_table.
 
 def _near(word: str, names: set[str]) -> str:
     text = did_you_mean(word, names).partition(" available: ")[0]
-    return text if text.startswith("did") else "--help alone lists keys, --help metrics metrics"
+    return text if text.startswith("did") else "--help alone lists all keys, --help metrics all metrics"
 
 
 def sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
@@ -245,7 +247,7 @@ def _print_block(console: Console, block: Block) -> None:
         print_section(console, block.title, block.text, block.fields, block.sets)
         return
     own = [f"{key}={spelled(value)}" for key, (value, _) in block.sets.items() if not key.endswith(TARGET)]
-    text = f"The keys of {block.same_as}; sets {', '.join(own)}" if own else f"The keys of {block.same_as}"
+    text = f"Same keys as {block.same_as}; sets {', '.join(own)}" if own else f"Same keys as {block.same_as}"
     print_section(console, block.title, text, ())
 
 

@@ -23,8 +23,8 @@ def learning_rates_are_meant(learner: LearnerConfig, critic: CriticConfig) -> Is
         if config.learning_rate >= HIGH_RATE:
             yield ConfigIssue(
                 f"{section}.learning_rate",
-                "AdamW moves every weight by about this much in each step, which destroys a trained model; usual are "
-                "1e-7 to 1e-4, and up to 1e-3 for tiny models",
+                "AdamW moves every weight by about this much in each step, which destroys a trained model; usual "
+                "values are 1e-7 to 1e-4, and up to 1e-3 for tiny models",
                 warning=config.learning_rate < ABSURD_RATE,
             )
 
@@ -34,7 +34,7 @@ def coefficients_are_meant(algorithm: Algorithm) -> Issues:
         if getattr(algorithm.config, name, 0) > limit:
             yield ConfigIssue(
                 f"algorithm.{name}",
-                f"outweighs the rewards, so they teach nothing; usual are 0 to {usual}",
+                f"outweighs the rewards, so they teach nothing; usual values are 0 to {usual}",
                 warning=True,
             )
 
@@ -47,7 +47,7 @@ def steps_are_of_a_size(trainer: TrainerConfig, algorithm: Algorithm) -> Issues:
         yield ConfigIssue(
             key,
             f"{responses:,} responses in each of {trainer.total_steps:,} steps ({samples:,} for each prompt), "
-            f"{responses * trainer.total_steps:,} in the run; published runs take up to some 16,000 a step",
+            f"{responses * trainer.total_steps:,} in the run; published runs use up to about 16,000 a step",
             warning=True,
         )
 
@@ -57,14 +57,14 @@ def staleness_is_bounded(trainer: TrainerConfig) -> Issues:
     if stale > 1 and stale >= trainer.total_steps:
         yield ConfigIssue(
             "trainer.max_staleness",
-            f"all of the {trainer.total_steps} steps (trainer.total_steps) could be sampled by the first policy; usual "
-            "are 0 (synchronous) to 4",
+            f"all of the {trainer.total_steps} steps (trainer.total_steps) could be sampled from the initial policy; "
+            "usual values are 0 (synchronous) to 4",
         )
     elif stale > STALE_VERSIONS:
         yield ConfigIssue(
             "trainer.max_staleness",
-            f"responses may come from a policy {stale} updates old, for which the loss does not hold; usual are 0 "
-            "(synchronous) to 4",
+            f"responses may come from a policy {stale} updates old, for which the loss is not valid; usual values are "
+            "0 (synchronous) to 4",
             warning=True,
         )
 
@@ -83,8 +83,8 @@ def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> 
     mistyped = "/" not in name or (guess is not None and edits(name, guess) == 1)
     yield ConfigIssue(
         "trainer.best_metric",
-        f"{hint}No metric of rlkit has this name, and without it no checkpoint is the best; docs/metrics.md lists them "
-        "(area/name, like accuracy/heldout)",
+        f"{hint}No metric of rlkit has this name, and without it there is no best checkpoint; docs/metrics.md lists "
+        "all metrics (area/name, like accuracy/heldout)",
         warning=not mistyped,
     )
 
@@ -97,7 +97,7 @@ def intervals_happen(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
         every = getattr(trainer, name)
         if every > trainer.total_steps and f"trainer.{name}" in typed:
             yield ConfigIssue(
-                f"trainer.{name}", f"never comes: the run has trainer.total_steps={trainer.total_steps}", warning=True
+                f"trainer.{name}", f"is never reached: trainer.total_steps={trainer.total_steps}", warning=True
             )
 
 

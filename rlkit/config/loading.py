@@ -264,9 +264,9 @@ class Loading:
                 owners = options[name]
                 *most, last = owners if len(owners) < 10 else [*owners[:8], f"{len(owners) - 8} more"]
                 text = f"{', '.join(most)} and {last}" if most else last
-                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {text})"
+                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} does not have it (it belongs to {text})"
         if "data.path" in notes and is_data_file(fields["path"]):
-            notes["data.path"] = f"{cls.__name__} has none; {read_by(fields['path'])}"
+            notes["data.path"] = f"{cls.__name__} does not have it; {read_by(fields['path'])}"
         return notes
 
     def _value(self, key: str) -> Any:
@@ -358,7 +358,7 @@ class _RunLoading(Loading):
                 return self._source(part)
         except Exception as error:  # a user's constructor may raise anything
             where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
-            self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
+            self.problems.append(ConfigIssue(where, f"cannot be created: {type(error).__name__}: {error}"))
             return None
         return part
 

@@ -49,8 +49,8 @@ def _shareable(key: str, path: str, together: int) -> Issues:
     if known_run(folder) == "rows":
         yield ConfigIssue(
             key,
-            f"{path} runs row by row (docs/models.md), because its tokens meet elsewhere than in attention, and ranks "
-            "can share sequences only there; leave it at 1",
+            f"{path} runs row by row (docs/models.md), because its tokens interact outside attention, and ranks can "
+            "share sequences only in attention; leave it at 1",
         )
     elif not shape.shares_heads(together):
         fit = [str(n) for n in range(2, MOST_RANKS + 1) if shape.shares_heads(n)]
@@ -67,12 +67,14 @@ def activations_can_be_offloaded(
     for name, section, _ in _models(learner, critic, algorithm, model):
         key = f"{name}.offload_activations"
         if section.offload_activations and cluster.device == "cpu":
-            yield ConfigIssue(key, "moves to host memory what lies there with cluster.device=cpu; leave it out")
+            yield ConfigIssue(
+                key, "moves activations to host memory, where they already are with cluster.device=cpu; leave it out"
+            )
         elif section.offload_activations and not section.gradient_checkpointing:
             yield ConfigIssue(
                 key,
-                "moves the inputs of layers, which alone are kept with gradient checkpointing; without it everything "
-                f"is, far too much to move: set {name}.gradient_checkpointing=true",
+                "moves the layers' inputs, all that gradient checkpointing keeps; without it all activations are kept, "
+                f"far too much to move: set {name}.gradient_checkpointing=true",
             )
 
 

@@ -140,7 +140,7 @@ def refuse_fewer_gpus(needed: int, where: str, remedy: str) -> None:
     there, named = len(gpus_here()), os.environ.get(VISIBLE_GPUS)
     if there < needed:
         of_them = "" if named is None else f" for this process ({VISIBLE_GPUS}={named})"
-        wants = f"wants {needed} {'GPU' if needed == 1 else 'GPUs'}, and this machine has {there or 'none'}{of_them}"
+        wants = f"needs {needed} {'GPU' if needed == 1 else 'GPUs'}, but this machine has {there or 'none'}{of_them}"
         raise ConfigError([ConfigIssue(where, f"{wants}; {remedy}")])
 
 
@@ -184,8 +184,8 @@ def _tensor_parallel(run: ResolvedRun) -> Issues:
     if config.cluster.device == "cuda" and _stays_here(run) and gpus > GPUS_PER_MACHINE:
         yield ConfigIssue(
             "cluster.address",
-            f"is not set, so the run stays on this machine, and it wants {gpus} GPUs (rollout.workers="
-            f"{config.rollout.workers} x rollout.tensor_parallel_size={width}, learner.ranks={config.learner.ranks}): "
+            f"is not set, so the run stays on this machine, but it needs {gpus} GPUs (rollout.workers="
+            f"{config.rollout.workers} x rollout.tensor_parallel_size={width}, learner.ranks={config.learner.ranks}), "
             f"more than the {GPUS_PER_MACHINE} of most machines",
             warning=True,
         )
@@ -204,7 +204,8 @@ def _cores(run: ResolvedRun, machine: Machine) -> Issues:
     if rollout.workers > max(machine.cores, 2):
         yield ConfigIssue(
             "rollout.workers",
-            f"{rollout.workers} engines share the {machine.cores} cores of this machine, and one can use them all",
+            f"{rollout.workers} engines share the {machine.cores} cores of this machine, but one alone can use them "
+            "all",
             warning=True,
         )
 
@@ -222,8 +223,8 @@ def _host(run: ResolvedRun, machine: Machine) -> Issues:
     changes = _helpful(run, lambda changed: host_bytes(changed, machine))
     yield ConfigIssue(
         _host_key(run),
-        f"the processes on one machine need {size_text(needed)} of memory at their peak, and it has "
-        f"{size_text(there)}; most takes {largest.name}: {times}{size_text(largest.host())} "
+        f"the processes on one machine need {size_text(needed)} of memory at their peak, but it has "
+        f"{size_text(there)}; the largest part is for {largest.name}: {times}{size_text(largest.host())} "
         f"({_parts(phase.host)}). {changes}",
     )
 
@@ -255,8 +256,8 @@ def _engine(run: ResolvedRun, gpu: float) -> Issues:
     yield ConfigIssue(
         "rollout.gpu_memory_utilization",
         f"gives an engine {size_text(share)} of each GPU; weights ({size_text(weights)}), a sequence of {length} "
-        f"tokens ({size_text(sequence)}) and its work ({ENGINE_WORKS:g} GiB) need {size_text(needed)}. Try {more}"
-        f"{split_more}",
+        f"tokens ({size_text(sequence)}) and working memory ({ENGINE_WORKS:g} GiB) need {size_text(needed)}. Try "
+        f"{more}{split_more}",
     )
 
 
@@ -283,8 +284,8 @@ def _helpful(run: ResolvedRun, peak: Any, limit: float | None = None) -> str:
     saved = sorted(((now - peak(changed), text) for text, changed in _changes(run)), reverse=True)
     best = [(size, text) for size, text in saved if size >= 2**26][:4]
     if not best:
-        return "No key of this run saves much: use a smaller model, or a larger machine"
-    enough = "" if limit is None or any(now - size <= limit for size, _ in best) else "; one alone is not enough"
+        return "No change of a key would save much: use a smaller model, or a larger machine"
+    enough = "" if limit is None or any(now - size <= limit for size, _ in best) else "; no single one is enough"
     return "What would help: " + ", ".join(f"{text} (-{size_text(size)})" for size, text in best) + enough
 
 

@@ -188,7 +188,7 @@ def _instead(key: str, known_keys: Collection[str], value: object) -> str:
     own_keys = sorted(full for full in leaves if full.startswith(f"{top}."))
     if not own_keys:
         guess = nearest(top, tops)
-        return f"did you mean {guess}?" if guess else "--help lists all of them"
+        return f"did you mean {guess}?" if guess else "--help lists all keys"
     listed = f"{top} has {', '.join(own_keys)}"
     return listed if len(own_keys) <= SHOWN_KEYS else f"--help {top} lists the keys of {top}"
 

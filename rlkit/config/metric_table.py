@@ -35,7 +35,7 @@ def _bounds(text: Any) -> tuple[Bound, ...]:
     for part in str(text).split(" or "):
         match = _BOUND.fullmatch(part)
         if match is None:
-            raise ValueError(f"{part!r} is no bound: `above 0.1`, `below section.key`, `above 0.9 x section.key`")
+            raise ValueError(f"{part!r} is not a bound: `above 0.1`, `below section.key`, `above 0.9 x section.key`")
         side, number, factor, key = match.groups()
         found.append(Bound("above" if side == "above" else "below", float(number or factor or 1), key or ""))
     return tuple(found)

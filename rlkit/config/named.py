@@ -59,7 +59,7 @@ def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
     chosen = _read_list(
         value, known, DiagnosticConfig, "diagnostic", "[hacking,{kind:drift,alarm:stop}]", _of_diagnostic
     )
-    _refuse_twice([config.name for config in chosen], "its table and its state have one name")
+    _refuse_twice([config.name for config in chosen], "its table and its state would share a name")
     return chosen
 
 
@@ -67,7 +67,7 @@ def parse_trackers(value: Any) -> tuple[TrackerConfig, ...]:
     """Parse the list of trackers. Raise a ValueError that names the wrong one."""
     known = {name: cls.Config for name, cls in TRACKERS.items()}
     chosen = _read_list(value, known, TrackerConfig, "tracker", "[tensorboard,{kind:wandb,project:mine}]", _of_tracker)
-    _refuse_twice([config.name for config in chosen], "its entry in trackers.json has one name")
+    _refuse_twice([config.name for config in chosen], "its entries in trackers.json would share a name")
     return chosen
 
 
@@ -90,7 +90,7 @@ def _read_list(
 def _refuse_twice(names: Sequence[str], why: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} stands there twice; {why}")
+            raise ValueError(f"{name} is listed twice; {why}")
 
 
 def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> Iterator[str]:
@@ -102,9 +102,9 @@ def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> I
         field = cls.model_fields.get(name)
         if field is None:
             others = [option for option in cls.model_fields if option != "kind"]
-            yield f"{where}: {name} is no option of it; {did_you_mean(name, others)}"
+            yield f"{where}: there is no option {name}; {did_you_mean(name, others)}"
         elif details["type"] == "missing":
-            yield f"{where}: {name} is needed"
+            yield f"{where}: {name} is required"
         else:
             value = details["input"]
             yield f"{where}: {name if isinstance(value, bool) else f'{name}={value}'} {must_be(details, field)}"

@@ -59,7 +59,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
         return f"did you mean {option}?"
     if not equals and not argument.startswith("~"):
         pair = re.fullmatch(r"([\w.]+)\s*:\s*(\S.*)", argument)
-        return f"this is no assignment; write {'='.join(pair.groups()) if pair else f'{argument}=VALUE'}"
+        return f"this is not an assignment; write {'='.join(pair.groups()) if pair else f'{argument}=VALUE'}"
     try:
         override = _parsed(argument, parser)
     except HydraException as error:
@@ -97,9 +97,9 @@ def _dashed(argument: str) -> str:
     if option is not None:
         return f"did you mean {DASHED[option]}?"
     if name in ("m", "multirun"):
-        return "there are no sweeps: one command is one run; start one after the other, with a run_dir for each"
+        return "there are no sweeps: one command is one run; start one after another, each with its own run_dir"
     if name in ("cfg", "c", "info", "i", "package", "p", "config-name", "config-path", "config-dir", "cn", "cp", "cd"):
-        return "is Hydra's, which only composes here; dry_run=true prints the plan, --config FILE starts from a file"
+        return "is Hydra's, which is not used here; dry_run=true prints the plan, --config FILE starts from a file"
     if found := meanings(name.replace("-", "_")):
         ours = " or ".join(" and ".join(meaning.here) for meaning in found)
         return f"options have no dashes here; {name} is {ours}"
@@ -166,16 +166,16 @@ def _no_option(group: str, name: str, available: Collection[str]) -> tuple[str, 
     """Return the message, and the intended option if it is clear."""
     stem = re.split(r"[/\\]", name)[-1].rpartition(".")[0]
     if re.search(r"\.(ya?ml|py)$", name) and stem in available:
-        return f"an option has no suffix: {group}={stem}", stem
+        return f"options have no suffix: {group}={stem}", stem
     if group == "data" and is_data_file(name):
         return read_by(name), None
     if name.endswith(".py") and group in ("reward", "verifier"):
-        return f"a function of your own is named by {group}=function {group}.function={stem}.NAME", None
+        return f"name your own function with {group}=function {group}.function={stem}.NAME", None
     if "." in name and group in ("reward", "verifier") and not name.endswith(".py"):
-        function = f", a function by {group}=function {group}.function={name}"
-        return f"a class of your own is named by {group}._target_={name}{function}", None
+        function = f", a function with {group}=function {group}.function={name}"
+        return f"name your own class with {group}._target_={name}{function}", None
     if "." in name and group in ("algorithm", "data"):
-        return f"a class of your own is named by {group}._target_={name}", None
+        return f"name your own class with {group}._target_={name}", None
     wish = answer(name, group)
     if wish is not None:
         return f"{wish}; available: {', '.join(sorted(available))}", None
@@ -190,7 +190,7 @@ def is_data_file(name: object) -> bool:
 
 
 def read_by(name: object) -> str:
-    return f"a file is read by data=jsonl data.path={name} (or csv, parquet)"
+    return f"to read a file, use data=jsonl data.path={name} (or csv, parquet)"
 
 
 def quoted(value: str) -> str:
@@ -218,16 +218,16 @@ def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str
             continue
         name, option = next(iter(element.items())) if named else (None, element)
         if not isinstance(option, str):
-            messages.append(f"{option!r} is no option; {did_you_mean(str(option), options)}")
+            messages.append(f"{option!r} is not an option; {did_you_mean(str(option), options)}")
             continue
         if "." not in option and option not in options:
             messages.append(f"there is no option {option}; {did_you_mean(option, options)}")
             option = nearest(option, options) or ""
         name = option.rpartition(".")[2] if name is None else str(name)
         if option and NAME.fullmatch(name) is None:
-            messages.append(f"{name!r} cannot name a part: letters, digits and _ only, a letter first")
+            messages.append(f"{name!r} cannot name a part: only letters, digits and _, starting with a letter")
         elif name in parts:
-            messages.append(f"{name} stands there twice; give each a name: reward='[{{a:{option}}},{{b:{option}}}]'")
+            messages.append(f"{name} is listed twice; give each a name: reward='[{{a:{option}}},{{b:{option}}}]'")
         elif option:
             parts[name] = option
     if not value:

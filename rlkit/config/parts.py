@@ -34,7 +34,7 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: rlkit is not completely installed")
+    raise FileNotFoundError(f"no conf/config.yaml in {package} or next to it: rlkit is not completely installed")
 
 
 @cache

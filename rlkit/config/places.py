@@ -36,22 +36,22 @@ def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
         yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
         return
     if run_dir in (Path("/"), Path.home(), Path.cwd()) or _is_the_system_s(run_dir):
-        yield ConfigIssue("run_dir", f"{run_dir} is no folder for a run's files; name a new one, like runs/NAME")
+        yield ConfigIssue("run_dir", f"{run_dir} is not a folder for a run's files; choose a new one, like runs/NAME")
         return
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
     if present and resume != "auto":
         yield ConfigIssue(
             "run_dir",
-            f"already holds a run ({', '.join(present)}); go on with it by resume=auto, choose another folder, or move "
-            "that one away",
+            f"already holds a run ({', '.join(present)}); continue it with resume=auto, choose another folder, or move "
+            "this one away",
         )
     others = [] if present or not os.access(run_dir, os.R_OK) else _others(run_dir.iterdir())
     if len(others) > NOTES or any((run_dir / name).is_dir() for name in others):
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        yield ConfigIssue("run_dir", f"holds other things ({shown}) and no run; name a new or an empty folder")
+        yield ConfigIssue("run_dir", f"holds other things ({shown}) but no run; choose a new or empty folder")
     existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        yield ConfigIssue("run_dir", f"cannot be made: {existing} is no folder that you may write to")
+        yield ConfigIssue("run_dir", f"cannot be created: {existing} is not a folder that you may write to")
 
 
 def _is_the_system_s(folder: Path) -> bool:
@@ -75,7 +75,7 @@ def trackers_are_usable(tracking: TrackingConfig) -> Issues:
 def resume_knows_its_folder(resume: str, new_folder: bool) -> Issues:
     if resume == "auto" and new_folder:
         yield ConfigIssue(
-            "resume", "has nothing to go on from: without run_dir every run has a new folder; add run_dir=FOLDER"
+            "resume", "has nothing to resume from: without run_dir every run has a new folder; add run_dir=FOLDER"
         )
 
 
@@ -84,8 +84,8 @@ def run_folder_outlives_the_job(run_dir: Path) -> Issues:
     if RAY_WORKING_DIRS in f"{run_dir}/":
         yield ConfigIssue(
             "run_dir",
-            "is inside the files that Ray unpacked for this job and deletes some time after it; name a folder by an "
-            "absolute path, run_dir=/storage/runs/NAME",
+            "is inside the files that Ray unpacked for this job and deletes some time after it; give the absolute path "
+            "of a folder, run_dir=/storage/runs/NAME",
             warning=True,
         )
 
@@ -101,7 +101,7 @@ def chat_template_is_one(model: Any) -> Issues:
     try:
         variables = _template_variables(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        yield ConfigIssue("model.chat_template", f"is no Jinja template: {error}")
+        yield ConfigIssue("model.chat_template", f"is not a Jinja template: {error}")
         return
     if "messages" not in variables:
         yield ConfigIssue("model.chat_template", "does not use `messages`, so every prompt would be the same text")
@@ -138,7 +138,7 @@ def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShap
         return  # reported with the template or the model
     taken = variables - GIVEN
     for name in arguments.keys() - taken:
-        why = "is set for every prompt already" if name in GIVEN else "is no variable of the chat template"
+        why = "is set for every prompt already" if name in GIVEN else "is not a variable of the chat template"
         has = f"it has {', '.join(sorted(taken))}" if taken else "it has none"
         yield ConfigIssue(f"model.chat_template_arguments.{name}", f"{why}; {has}")
 
@@ -187,7 +187,7 @@ def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
     if address == "auto":
         address = ray_here()
         if address is None:
-            why = "no Ray runs on this machine; start one with `ray start --head`, or name the address of another's"
+            why = "no Ray is running on this machine; start one with `ray start --head`, or give another's address"
             yield ConfigIssue("cluster.address", why, warning=dry_run)
             return
     host, _, port = address.rpartition(":")
@@ -205,7 +205,7 @@ def heldout_is_not_trained(data: DataSource) -> Issues:
             if _same(one, other):
                 yield ConfigIssue(
                     "data.heldout_path",
-                    f"has the rows of data.path ({other}): what is held out must not be trained on; name other rows, "
+                    f"has the rows of data.path ({other}): held-out rows must not be trained on; choose other rows, "
                     "or leave it out (then data.heldout_share of the questions is held out)",
                 )
                 return

@@ -193,8 +193,8 @@ def weights_can_travel(
     elif route == "ipc" and _engine_gpus(rollout) > learner.ranks:
         yield ConfigIssue(
             key,
-            f"needs a learner rank on every GPU of the engines, {_engine_gpus(rollout)} "
-            f"(rollout.workers={rollout.workers} x rollout.tensor_parallel_size={rollout.tensor_parallel_size}), and "
+            f"needs a learner rank on each of the engines' {_engine_gpus(rollout)} GPUs "
+            f"(rollout.workers={rollout.workers} x rollout.tensor_parallel_size={rollout.tensor_parallel_size}), but "
             f"learner.ranks={learner.ranks} is less; use object_store (or auto), or as many ranks",
         )
     elif (
@@ -211,8 +211,8 @@ def engines_fit_on_nodes(cluster: ClusterConfig, rollout: RolloutConfig) -> Issu
     if shares_gpus(cluster) and rollout.tensor_parallel_size > 1 and cluster.strategy == "STRICT_SPREAD":
         yield ConfigIssue(
             "cluster.strategy",
-            "puts every GPU of a colocated run on another node, and the GPUs of an engine "
-            f"(rollout.tensor_parallel_size={rollout.tensor_parallel_size}) belong on one; use PACK, STRICT_PACK or "
+            "puts every GPU of a colocated run on a different node, but the GPUs of an engine "
+            f"(rollout.tensor_parallel_size={rollout.tensor_parallel_size}) must be on one; use PACK, STRICT_PACK or "
             "SPREAD",
         )
 
@@ -232,7 +232,9 @@ def phases_make_room(
             continue
         if rollout.source != "policy":
             yield ConfigIssue(
-                key, f"is for training that samples; with rollout.source={rollout.source} nobody takes turns: use never"
+                key,
+                f"is for sampler and learner that take turns, which they do not with rollout.source={rollout.source}: "
+                "use never",
             )
         elif not shares_gpus(cluster):
             yield ConfigIssue(
@@ -243,11 +245,10 @@ def phases_make_room(
         elif trainer.max_staleness > 0:
             yield ConfigIssue(
                 key,
-                f"wants sampler and learner to take turns, and with trainer.max_staleness={trainer.max_staleness} both "
-                "work at once; use auto or never, or trainer.max_staleness=0",
+                "needs sampler and learner to take turns, but with "
+                f"trainer.max_staleness={trainer.max_staleness} both work at once; use auto or never, or "
+                "trainer.max_staleness=0",
             )
         elif stages.get(key) == 0:
             section = key.partition(".")[0]
-            yield ConfigIssue(
-                key, f"is DeepSpeed's, which has it with ZeRO only; set {section}.zero_stage to 1 or more"
-            )
+            yield ConfigIssue(key, f"works only with DeepSpeed's ZeRO; set {section}.zero_stage to 1 or more")

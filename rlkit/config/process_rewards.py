@@ -14,8 +14,8 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> I
     if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
         yield ConfigIssue(
             "reward",
-            f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
-            "use reward=implicit_prm, or a function of yours with reward.per_step=true",
+            f"{type(algorithm).__name__} needs process rewards, but {reward.cls.__name__} gives none; "
+            "use reward=implicit_prm, or your own function with reward.per_step=true",
         )
 
 
@@ -26,7 +26,7 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
     if traits.process_rewards and not (traits.process_in_value or needs.process_rewards or needs.reads_process_rewards):
         yield ConfigIssue(
             "reward",
-            f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "
+            f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; choose "
             "another reward, or an algorithm that learns from them: ppo, prime, pure, grpo_process, rloo_process, "
             "episode_plus_step, turn_discounted, turn_grpo, gigpo "
             "(rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
@@ -34,8 +34,8 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
     if needs.outcome_rewards and not traits.outcome_rewards:
         yield ConfigIssue(
             "reward",
-            f"{reward.cls.__name__} gives process rewards alone, and {type(algorithm).__name__} needs outcomes, too: "
-            "'reward=[math,NAME]', or algorithm=grpo_process, which needs none",
+            f"{reward.cls.__name__} gives only process rewards, but {type(algorithm).__name__} needs outcomes, too: "
+            "use 'reward=[math,NAME]', or algorithm=grpo_process, which needs none",
         )
 
 
@@ -44,8 +44,8 @@ def process_rewards_count_once(algorithm: Algorithm, reward: Part) -> Issues:
     if algorithm.needs().reads_process_rewards and traits.process_rewards and traits.process_in_value:
         yield ConfigIssue(
             "reward",
-            f"{type(algorithm).__name__} adds values and process rewards, and the value of {reward.cls.__name__} "
-            "contains these already, so they count twice; with reward=environment, reward.value=none counts them once",
+            f"{type(algorithm).__name__} adds values and process rewards, but the value of {reward.cls.__name__} "
+            "already contains these, so they count twice; with reward=environment, reward.value=none counts them once",
             warning=True,
         )
 
@@ -69,7 +69,7 @@ def filters_see_outcomes(buffer: BufferConfig, reward: Part) -> Issues:
         return
     for name in ("drop_equal_rewards", "min_group_reward", "max_group_reward"):
         if (value := getattr(buffer, name)) is not None and value is not False:  # 0.0 is a bound
-            yield ConfigIssue(f"buffer.{name}", f"has no effect: {reward.cls.__name__} gives process rewards alone")
+            yield ConfigIssue(f"buffer.{name}", f"has no effect: {reward.cls.__name__} gives only process rewards")
 
 
 PROCESS_REWARDS = (

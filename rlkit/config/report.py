@@ -66,7 +66,7 @@ def plan_text(lines: Sequence[Line]) -> str:
 
 def _adapter(run: ResolvedRun) -> str:
     trained = policy_shape(run.config).adapter
-    return "" if trained is None else f"; trained is an adapter of {trained:,}"
+    return "" if trained is None else f"; an adapter of {trained:,} is trained"
 
 
 def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
@@ -126,9 +126,9 @@ def _actors(run: ResolvedRun) -> list[Line]:
     needs, rewards = algorithm.needs(), run.reward_config.workers
     asked = f"{_count(rewards, 'worker')} of {run.reward_class.__name__}"
     if not asks_reward(config.rollout, algorithm):
-        asked = "none: " + ("the data bring labels" if needs.rewards else "the algorithm reads no scores")
+        asked = "none: " + ("the data have labels" if needs.rewards else "the algorithm reads no scores")
     lines = [
-        Line("actors", "rollout", engines if config.rollout.workers else "none: the data bring the responses"),
+        Line("actors", "rollout", engines if config.rollout.workers else "none: the data have the responses"),
         Line("actors", "learner", ranks),
         Line("actors", "reward", asked),
     ]
@@ -140,11 +140,11 @@ def _actors(run: ResolvedRun) -> list[Line]:
         lines.append(Line("actors", "critic", f"{_count(critics, 'DeepSpeed rank')}{sharing}, {threads}" + gpus))
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
-        moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""
+        moves = f"; every {_count(every, 'step')}, {mix:g} of the policy is mixed in" if every else ""
         if config.model.lora is not None:
-            moves = ": the policy with its adapter off, no further model"
+            moves = ": the policy with its adapter off, no extra model"
         if references_are_cached(config.rollout, algorithm):
-            moves = ", computed once, then read from a file; no further model"
+            moves = ", computed once, then read from a file; no extra model"
         lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
     for one in sorted({one.model for one in needs.passes.values()} - {POLICY, REFERENCE}):
         lines.append(Line("actors", "frozen model", one))
@@ -157,7 +157,7 @@ def _places(options: EnvironmentConfig) -> str:
     if options.placement == "inline":
         return "in the rollout workers"
     processes = "1 process" if options.workers == 1 else f"{options.workers} processes"
-    return f"{processes} beside each rollout worker, up to {options.concurrency} episodes each"
+    return f"{processes} next to each rollout worker, up to {options.concurrency} episodes each"
 
 
 def _shared(config: RunConfig, critic_ranks: int) -> str:
@@ -165,8 +165,8 @@ def _shared(config: RunConfig, critic_ranks: int) -> str:
     if not config.rollout.workers:
         return str(places)
     if width == 1:
-        return f"{places}; engine and ranks of equal number share one"
-    engines = [f"engine {i} those of ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]
+        return f"{places}; an engine and the ranks with its number share one"
+    engines = [f"engine {i} with ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]
     shown = engines if len(engines) <= 3 else [*engines[:2], "...", engines[-1]]
     return f"{places}; {', '.join(shown)}"
 
@@ -177,7 +177,7 @@ def _handover(run: ResolvedRun) -> list[Line]:
     text = WEIGHT_ROUTES[route]
     if config.model.lora is not None:
         alone = published_adapter(config.cluster, config.rollout, config.model) is not None
-        text = f"{'the adapter alone' if alone else 'with the adapter merged into them'}, {text}"
+        text = f"{'only the adapter' if alone else 'with the adapter merged into them'}, {text}"
     if route != "object_store":
         text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
     if not config.rollout.workers or config.rollout.source == "model":
@@ -187,10 +187,10 @@ def _handover(run: ResolvedRun) -> list[Line]:
         who = {"learner": offloads(config, config.learner)}
         if run.make_algorithm().needs().critic:
             who["critic"] = offloads(config, config.critic)
-        waiting = " and ".join(name for name, does in who.items() if does) or "nobody"
+        waiting = " and ".join(name for name, does in who.items() if does) or "nothing"
         asleep = "sleep" if engines_sleep(config) else "keep their memory"
         lines.append(Line("handover", "while the learner works", f"the engines {asleep}"))
-        lines.append(Line("handover", "while the engines sample", f"in the host's memory: {waiting}"))
+        lines.append(Line("handover", "while the engines sample", f"in host memory: {waiting}"))
     return lines
 
 
@@ -210,7 +210,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "whole run", _whole_run(trainer, learner.optimizer_steps, responses)),
         Line(
             "batches",
-            "tokens of a step",
+            "tokens per step",
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
         *_learning_rates(run),
@@ -224,7 +224,7 @@ def _few_problems(run: ResolvedRun) -> Iterator[Line]:
     """Yield the number of training problems in files; generated problems never run out."""
     if getattr(run.data_config, "path", None) and (known := len(_problems(run, "train"))):
         fewer = known < run.config.trainer.prompts_per_step
-        again = ", fewer than a step takes: it asks them several times" if fewer else ""
+        again = ", fewer than a step takes: each step asks them several times" if fewer else ""
         yield Line("batches", "training data", f"{_count(known, 'problem')}{again}")
 
 
@@ -236,13 +236,14 @@ def _episodes(run: ResolvedRun) -> list[Line]:
     turns = f"at most {_count(options.max_turns, 'turn')}{of_turn}"
     rows = longest_sample(run)
     several = f"; all rows of an episode together have up to {rows:,}" if rows > most else ""
-    return [Line("batches", "each response", f"{turns}, in {most} tokens with what the environment says{several}")]
+    said = f"{most} tokens including what the environment says"
+    return [Line("batches", "each response", f"{turns}; {said}{several}")]
 
 
 def _whole_run(trainer: TrainerConfig, updates: int, responses: int) -> str:
     steps = trainer.total_steps
     if trainer.total_epochs is not None:  # the number of steps depends on the data
-        return f"{_count(trainer.total_epochs, 'epoch')}, {_count(updates, 'optimizer step')} each step"
+        return f"{_count(trainer.total_epochs, 'epoch')}, {_count(updates, 'optimizer step')} per step"
     return f"{steps} steps x {updates} = {steps * updates} optimizer steps, {steps * responses:,} responses"
 
 
@@ -258,12 +259,12 @@ def _recorded_batches(run: ResolvedRun) -> list[Line]:
     steps, lines = trainer.steps_on(len(problems)), list[Line]()
     whole = [f"{_count(steps, 'step')} x {updates} = {_count(steps * updates, 'optimizer step')}"]
     if not problems and trainer.total_epochs is not None:
-        whole = [_count(updates, "optimizer step") + " in each step"]
+        whole = [_count(updates, "optimizer step") + " per step"]
     if problems:
         parts = {"prompt": len(problems), "response": sum(len(p.responses) or len(p.references) for p in problems)}
         parts |= {"pair": sum(len(problem.pairs) for problem in problems)}
         counted = [_count(number, noun) for noun, number in parts.items() if number]
-        lines.append(Line("batches", "training data", f"{', '.join(counted)}; what is too long is left out"))
+        lines.append(Line("batches", "training data", f"{', '.join(counted)}; those that are too long are left out"))
     passes = trainer.total_epochs or (steps * trainer.prompts_per_step / len(problems) if problems else 0)
     if passes:
         whole.append(f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
@@ -309,7 +310,7 @@ def _evaluation(run: ResolvedRun) -> str:
     temperature = run.config.rollout.temperature if config.temperature is None else config.temperature
     how = "greedy" if config.greedy else f"at temperature {temperature:g}"
     sets = [f"{name} ({one.prompts or most})" for name, one in run.sets.items()]
-    further = f"; and of {', '.join(sets)}" if sets else ""
+    further = f"; further sets: {', '.join(sets)}" if sets else ""
     return f"at most {most} prompts x {_count(config.samples, 'response')}, {how}{further}"
 
 
@@ -323,7 +324,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
     weights = {
         "truncate": f"importance weights truncated at {bound}",
         "mask": f"importance weights, tokens above {bound} left out",
-        "decoupled": "importance weights as they are",
+        "decoupled": "importance weights, not truncated",
         "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
         "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
         "geometric_mask": f"no importance weights, samples above {bound} per token left out",
@@ -333,7 +334,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
 
 def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     if shape.parameters is None:
-        return [Line("memory", "unknown", "the number of parameters is: the weights are no safetensors")]
+        return [Line("memory", "unknown", "as the number of parameters is: the weights are not safetensors")]
     machine = this_machine(run)
     cuda = run.config.cluster.device == "cuda"
     rollout = run.config.rollout
@@ -365,7 +366,7 @@ def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
     elif run.data_class.preview is DataSource.preview:
         yield "lengths of prompts (the data source has no preview)"
     if run.environment_class is not None:
-        yield "whether the chat template can go on after a turn"
+        yield "whether the chat template can continue after a turn"
 
 
 def _parts_text(parts: Mapping[str, float]) -> str:

@@ -32,8 +32,8 @@ def _ends_by_mismatch(name: str, rollout: RolloutConfig, trainer: TrainerConfig)
     if limit is None or trainer.max_staleness or (name == "top_p" and -math.log(rollout.top_p) <= limit):
         return ""
     return (
-        f". A mean difference above trainer.max_mismatch={limit:g} in three steps in a row ends the run, and this may "
-        "be one: trainer.max_mismatch=null turns that off"
+        f". A mean difference above trainer.max_mismatch={limit:g} in three steps in a row ends the run, which may "
+        "happen here: trainer.max_mismatch=null turns that off"
     )
 
 
@@ -43,13 +43,13 @@ def surplus_has_a_use(rollout: RolloutConfig, buffer: BufferConfig, trainer: Tra
     if not buffer.drops_groups:
         yield ConfigIssue(
             "rollout.oversample",
-            "has no effect: no filter rejects groups (buffer.drop_equal_rewards and the like), so a step lacks none",
+            "has no effect: no filter rejects groups (buffer.drop_equal_rewards and the like), so no step lacks any",
         )
     elif trainer.max_staleness:
         yield ConfigIssue(
             "rollout.oversample",
             f"is for trainer.max_staleness=0; with {trainer.max_staleness} a rejected group is replaced while others "
-            "are sampled and trained, and no step waits for a round",
+            "are sampled and trained, so no step waits for another round",
         )
 
 
@@ -78,8 +78,8 @@ def structure_is_usable(rollout: RolloutConfig, data: DataSource) -> Issues:
     if config.column not in columns:
         yield ConfigIssue(
             key,
-            f"{getattr(data.config, 'path', type(data).__name__)} has no column {config.column!r} that no other key "
-            f"names; it has {', '.join(sorted(columns)) or 'none'}",
+            f"{getattr(data.config, 'path', type(data).__name__)} has no column {config.column!r} besides those that "
+            f"other keys name; it has {', '.join(sorted(columns)) or 'none'}",
         )
 
 

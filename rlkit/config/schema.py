@@ -195,7 +195,7 @@ class RolloutConfig(Section):
         if not isinstance(temperature, bool) and temperature == 0:
             raise ValueError(
                 "must be above 0: at 0 all responses to a prompt are the same, so none can be better than another "
-                "(a greedy evaluation is evaluation.greedy=true)"
+                "(for a greedy evaluation, set evaluation.greedy=true)"
             )
         return temperature
 
@@ -227,7 +227,7 @@ class EvaluationConfig(Section):
     @classmethod
     def _samples(cls, temperature: Any) -> Any:
         if not isinstance(temperature, bool) and temperature == 0:
-            raise ValueError("must be above 0; the likeliest tokens are asked for by evaluation.greedy=true")
+            raise ValueError("must be above 0; evaluation.greedy=true takes the likeliest tokens")
         return temperature
 
 
@@ -334,8 +334,8 @@ class ClusterConfig(Section):
     def _is_no_dashboard(cls, address: str | None) -> str | None:
         if address is not None and address.startswith(("http://", "https://")):
             raise ValueError(
-                "is a dashboard, which takes jobs: python -m rlkit.submit with the same arguments. A run itself joins "
-                "Ray by cluster.address=HOST:6379 (or auto)"
+                "is a dashboard, which takes jobs: use python -m rlkit.submit with the same arguments. A run itself "
+                "joins Ray with cluster.address=HOST:6379 (or auto)"
             )
         return address
 
@@ -381,7 +381,7 @@ class RunConfig(Section):
     @classmethod
     def _is_named(cls, run_dir: Any) -> Any:
         if run_dir == "":
-            raise ValueError("is empty; name a folder (run_dir=runs/NAME), or leave it out for one with the time in it")
+            raise ValueError("is empty; name a folder (run_dir=runs/NAME), or leave it out for one named by the time")
         return run_dir
 
     @field_validator("resume", mode="before")
@@ -390,7 +390,7 @@ class RunConfig(Section):
         ways = "auto (from the newest checkpoint of run_dir), the folder of a run or checkpoint, or never"
         word = str(resume).lower()
         if word in ("true", "yes", "on", "latest", "last", "newest", "1"):
-            raise ValueError(f"did you mean resume=auto? It is {ways}")
+            raise ValueError(f"did you mean resume=auto? It must be {ways}")
         if word in ("false", "no", "off", "none", "0", ""):
-            raise ValueError(f"did you mean resume=never? It is {ways}")
+            raise ValueError(f"did you mean resume=never? It must be {ways}")
         return resume

@@ -17,10 +17,10 @@ from rlkit.data.mixture import Mixture
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
-RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
+RECORDED = "data=pairs, data=responses and data=chat have recorded ones"
 LEARNERS = (
-    "Recorded pairs train algorithm=dpo, simpo, orpo and others; responses with labels kto or bco; all of them, and "
-    "conversations, sft"
+    "Recorded pairs train algorithm=dpo, simpo, orpo and others; responses with labels train kto or bco; all of them, "
+    "and conversations, train sft"
 )
 SAMPLED = ("samples_per_prompt",)
 """Options of an algorithm that concern sampling."""
@@ -50,7 +50,7 @@ def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: Data
     if needs.demonstrations and not provided & {"responses", "references"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} also learns from the data's responses, and {nobody} has none; {RECORDED}",
+            f"{type(algorithm).__name__} also learns from the data's responses, but {nobody} has none; {RECORDED}",
         )
     if rollout.source != "data":
         return
@@ -59,14 +59,14 @@ def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: Data
     elif rollout.judge == "auto" and needs.pairs and not provided & {"pairs", "labels"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} compares responses to a prompt, and {unjudged} says of none that "
-            "it is better: use data=pairs, or data=responses with labels or scores, or let a reward score them "
+            f"{type(algorithm).__name__} compares responses to a prompt, but {unjudged} does not say which are better: "
+            "use data=pairs, or data=responses with labels or scores, or let a reward score them "
             "(rollout.judge=always reward=NAME)",
         )
     elif rollout.judge == "auto" and needs.labels and not provided & {"pairs", "labels"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} learns from labels, and {unjudged} gives none: use data=responses "
+            f"{type(algorithm).__name__} learns from labels, but {unjudged} has none: use data=responses "
             "with data.label_column, or data=pairs",
         )
 
@@ -84,7 +84,7 @@ def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConf
     if problems and len(alone) == len(problems):
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} compares responses to a prompt, and none of the first {len(problems)} prompts "
+            f"{type(algorithm).__name__} compares responses to a prompt, but none of the first {len(problems)} prompts "
             f"has two that differ in label or score (the first: {alone[0].origin}); algorithm=kto or algorithm=bco "
             "learns from single labelled responses",
         )
@@ -92,7 +92,7 @@ def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConf
         yield ConfigIssue(
             "data",
             f"{len(alone)} of the first {len(problems)} prompts have no two responses that differ in label or score, "
-            f"and teach nothing (the first: {alone[0].origin})",
+            f"so they teach nothing (the first: {alone[0].origin})",
             warning=True,
         )
 
@@ -110,15 +110,15 @@ def labels_are_of_both_kinds(algorithm: Algorithm, rollout: RolloutConfig, data:
     if no_label is not None:
         yield ConfigIssue(
             "data",
-            f"{name} learns from labels, 0 (bad) to 1 (good), and {no_label.origin} has a score of {no_label.value:g}: "
-            "name true and false labels with data.label_column, or compare responses by their scores "
+            f"{name} learns from labels, 0 (bad) to 1 (good), but {no_label.origin} has a score of {no_label.value:g}: "
+            "name a column of true and false labels (data.label_column), or compare responses by their scores "
             "(algorithm=dpo)",
         )
     elif responses and len({response.value > 0.5 for response in responses}) < 2:
         kind, other = ("good", "bad") if responses[0].value > 0.5 else ("bad", "good")
         yield ConfigIssue(
             "data",
-            f"{name} learns from good and bad responses, and all of the first {len(responses)} are {kind}: add {other} "
+            f"{name} learns from good and bad responses, but all of the first {len(responses)} are {kind}: add {other} "
             "ones" + (", or imitate these (algorithm=sft data=chat)" if kind == "good" else ""),
             warning=len(responses) >= CHECKED_ROWS,
         )
@@ -133,7 +133,7 @@ def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
     if algorithm.needs().labels and reward.cls.traits(reward.config).raw_scores:
         yield ConfigIssue(
             "reward",
-            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives "
+            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), but {reward.cls.__name__} gives "
             "scores of any size; choose a reward that says right or wrong",
         )
 
@@ -142,8 +142,8 @@ def reward_gets_the_policy(reward: Part, rollout: RolloutConfig) -> Issues:
     if reward.cls.traits(reward.config).follows_policy and rollout.source != "policy":
         yield ConfigIssue(
             "reward",
-            f"{reward.cls.__name__} takes the policy's weights after each step, and with "
-            f"rollout.source={rollout.source} they are sent to nobody; let it keep a reference of its own",
+            f"{reward.cls.__name__} takes the policy's weights after each step, but with "
+            f"rollout.source={rollout.source} they are not sent; let it keep its own reference",
         )
 
 
@@ -151,7 +151,8 @@ def batches_are_large_enough(algorithm: Algorithm, trainer: TrainerConfig) -> Is
     least = algorithm.needs().min_prompts_per_step
     if trainer.prompts_per_step < least:
         yield ConfigIssue(
-            "trainer.prompts_per_step", f"{type(algorithm).__name__} compares prompts of a step and needs {least}"
+            "trainer.prompts_per_step",
+            f"{type(algorithm).__name__} compares prompts of a step and needs at least {least}",
         )
 
 
@@ -168,8 +169,8 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             if own.is_file() and other.is_file() and (token := _other_token(own, other)):
                 yield ConfigIssue(
                     key,
-                    f"{path} has another tokenizer than model.path={model.path}, so the same token ids are other texts "
-                    f"to it ({token})",
+                    f"{path} has a different tokenizer from model.path={model.path}, so the same token ids are other "
+                    f"texts to it ({token})",
                 )
         except ModelFolderError as error:
             yield ConfigIssue(key, str(error))
@@ -183,7 +184,7 @@ def _other_token(own: Path, other: Path) -> str | None:
     try:
         mine, theirs = _tokens(own), _tokens(other)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "their tokenizer.json differ"
+        return "their tokenizer.json files differ"
     different = (i for i in sorted(mine) if theirs.get(i) != mine[i])
     return next((f"{i}: {mine[i]!r}, there {theirs.get(i)!r}" for i in different), None)
 
@@ -212,22 +213,22 @@ def source_options_act(
         yield ConfigIssue("rollout.source_path", "and rollout.source=model go together: set both")
     if rollout.source != "data":
         if evaluation.generate:
-            yield ConfigIssue("evaluation.generate", "is for rollout.source=data; else evaluation samples anyhow")
+            yield ConfigIssue("evaluation.generate", "is for rollout.source=data; otherwise evaluation samples anyway")
         if rollout.workers == 0:
-            yield ConfigIssue("rollout.workers", "must be at least 1: somebody must sample")
+            yield ConfigIssue("rollout.workers", "must be at least 1: an engine must sample")
     if rollout.source == "policy" and rollout.judge == "always" and algorithm.needs().rewards:
         yield ConfigIssue("rollout.judge", "has no effect with rollout.source=policy: the reward scores every response")
     if not asks_reward(rollout, algorithm):
         for key in sorted(typed):
             if key == "reward" or key.startswith("reward."):
-                why = "recorded responses bring their own labels" if rollout.source == "data" else "no reward is read"
+                why = "recorded responses have their own labels" if rollout.source == "data" else "no reward is read"
                 yield ConfigIssue(key, f"has no effect: {why}; with rollout.judge=always it scores the responses")
     if rollout.source == "data":
         for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
     if has_engines(rollout, evaluation) and rollout.source != "model":
         return
-    remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
+    remedy = " (unless evaluation.generate=true)" if rollout.source == "data" else ""
     for key in sorted(typed):
         of_engines = rollout.source == "data" and key.startswith("rollout.")
         if key.startswith(("verifier", "evaluation.")) or (of_engines and _option(key) not in ON_RECORDED):
@@ -246,14 +247,14 @@ def filters_see_scores(algorithm: Algorithm, rollout: RolloutConfig, buffer: Buf
         return
     for name in ("drop_equal_rewards", "min_group_reward", "max_group_reward"):
         if (value := getattr(buffer, name)) is not None and value is not False:  # 0.0 is a bound
-            yield ConfigIssue(f"buffer.{name}", "has no effect: no reward is asked (rollout.judge=always asks one)")
+            yield ConfigIssue(f"buffer.{name}", "has no effect: no reward is used (rollout.judge=always uses one)")
 
 
 def references_have_a_use(algorithm: Algorithm, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
     if learner.reference_cache is not None and not references_are_cached(rollout, algorithm):
         yield ConfigIssue(
             "learner.reference_cache",
-            "has no effect: only a reference policy that stays is computed once, and on recorded responses "
+            "has no effect: only a reference policy that does not change is cached, and only on recorded responses "
             "(rollout.source=data)",
         )
 
@@ -270,7 +271,7 @@ def nothing_waits_for_engines(rollout: RolloutConfig, trainer: TrainerConfig, ty
     if trainer.max_staleness:
         yield ConfigIssue("trainer.max_staleness", "has no effect with rollout.source=data: nothing is sampled; set 0")
     for key in sorted(typed & {"trainer.mismatch_alarm", "trainer.max_mismatch"}):
-        yield ConfigIssue(key, "has no effect: no engine samples what is trained with rollout.source=data")
+        yield ConfigIssue(key, "has no effect with rollout.source=data: no engine samples the training data")
 
 
 SOURCES = (

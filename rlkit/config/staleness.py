@@ -17,8 +17,8 @@ def stale_samples_are_corrected(
         options = ", ".join(f"rollout.{name}" for name in rollout.reshaping)
         yield ConfigIssue(
             "algorithm.rollout_correction",
-            f"multiplies every token by what {options} changed of its probability (the sampler's log-probs are of what "
-            "is left, the learner's of all), besides correcting; better sample from all tokens",
+            f"also multiplies every token by the change that {options} made to its probability (the sampler's "
+            "log-probs are of the tokens that are left, the learner's of all); it is better to sample from all tokens",
             warning=True,
         )
     if not trainer.max_staleness:
@@ -26,21 +26,21 @@ def stale_samples_are_corrected(
     if not algorithm.needs().corrects_staleness:
         yield ConfigIssue(
             key,
-            f"trains on samples of older policies, and the loss of {type(algorithm).__name__} cannot weight them "
+            f"trains on samples of older policies, but the loss of {type(algorithm).__name__} cannot weight them "
             "(needs().corrects_staleness); set 0",
         )
     elif not corrects and hasattr(algorithm.config, "corrects"):
         yield ConfigIssue(
             key,
-            "trains on samples of older policies as if they were the present one's, because "
-            "algorithm.rollout_correction=none; leave that out for truncated importance weights",
+            "trains on samples of older policies as if they were the current one's, because "
+            "algorithm.rollout_correction=none; leave that out to get truncated importance weights",
             warning=True,
         )
     if cluster.device == "cuda" and cluster.placement == "colocated":
         yield ConfigIssue(
             key,
-            "makes sampler and learner work at once on the GPUs that they share, and neither makes room; 0 lets them "
-            "take turns, cluster.placement=apart gives each its own",
+            "makes sampler and learner work at once on the GPUs that they share, and neither frees memory for the "
+            "other; 0 lets them take turns, cluster.placement=apart gives each its own GPUs",
             warning=True,
         )
 
@@ -51,7 +51,7 @@ def kept_caches_act(trainer: TrainerConfig, rollout: RolloutConfig) -> Issues:
     idle = "trainer.max_staleness=0" if not trainer.max_staleness else f"rollout.source={rollout.source}"
     if not trainer.max_staleness or rollout.source != "policy":
         yield ConfigIssue(
-            "rollout.cache_after_update", f"has no effect with {idle}: nothing is sampled as weights come"
+            "rollout.cache_after_update", f"has no effect with {idle}: nothing is being sampled when weights arrive"
         )
 
 
@@ -59,7 +59,7 @@ def parked_episodes_act(trainer: TrainerConfig, environment: Part | None) -> Iss
     if environment is not None and environment.config.new_weights == "park" and not trainer.max_staleness:
         yield ConfigIssue(
             "environment.new_weights",
-            "park has no effect with trainer.max_staleness=0: no episode is open while weights come",
+            "park has no effect with trainer.max_staleness=0: no episode is open when weights arrive",
         )
 
 

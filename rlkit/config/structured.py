@@ -68,20 +68,20 @@ def grammar(config: StructuredConfig, columns: Mapping[str, Any]) -> Grammar:
 
 def _regex(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no regular expression")
+        raise ValueError(f"{value!r} is not a regular expression")
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+        raise ValueError(f"{value!r} is not a regular expression: {error}") from error
     return value
 
 
 def _choices(value: Any) -> list[str]:
     texts = _decoded(value)
     if not isinstance(texts, Sequence) or isinstance(texts, str):
-        raise ValueError(f"{value!r} is no list of texts")
+        raise ValueError(f"{value!r} is not a list of texts")
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{value!r} must be a list of texts, and none of them empty")
+        raise ValueError(f"{value!r} must be a list of texts, none of them empty")
     return list(texts)
 
 
@@ -91,11 +91,11 @@ def _schema(value: Any) -> Any:
 
     schema = _decoded(value)
     if not isinstance(schema, Mapping):
-        raise ValueError(f"{value!r} is no JSON schema, which is an object")
+        raise ValueError(f"{value!r} is not a JSON schema, which must be an object")
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        raise ValueError(f"is no JSON schema: {error.message[:200]}") from error
+        raise ValueError(f"is not a JSON schema: {error.message[:200]}") from error
     return schema
 
 

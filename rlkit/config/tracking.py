@@ -42,7 +42,7 @@ class TrackingConfig(Section):
             return fields
         others = {name: value for name, value in fields.items() if name != TENSORBOARD}
         if fields[TENSORBOARD] not in (True, False):
-            raise ValueError(f"tensorboard={fields[TENSORBOARD]} must be true or false; better is trackers=[...]")
+            raise ValueError(f"tensorboard={fields[TENSORBOARD]} must be true or false; better, use trackers=[...]")
         return others if fields[TENSORBOARD] else {"trackers": (), **others}
 
     @model_validator(mode="after")

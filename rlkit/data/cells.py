@@ -17,7 +17,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_
 """ShareGPT's role names -> rlkit's."""
 _FROM = {*_ROLES, *_ROLES.values(), "system"}
 _LABELS = (
-    "Labels are true or false, or numbers from 0 (bad) to 1 (good): write them so. Numbers of any size are scores "
+    "Write labels as true or false, or as numbers from 0 (bad) to 1 (good). Numbers of any size are scores "
     "(data.score_column), for algorithms that compare responses"
 )
 
@@ -37,7 +37,9 @@ def cell(row: Row, column: str) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError(f"{column} is null")
     if _is_torn(value):
-        raise RowError(f"{column} has half of a character (a lone surrogate such as \\ud83d), which no tokenizer takes")
+        raise RowError(
+            f"{column} has half of a character (a lone surrogate such as \\ud83d), which no tokenizer accepts"
+        )
     return value
 
 
@@ -98,7 +100,7 @@ def message(value: Any, what: str) -> Message:
             raise RowError(f"{what} has no {key!r}")
     role = text(value[keys[0]], f"{what}.{keys[0]}")
     if keys[0] == "from" and role not in _FROM:
-        raise RowError(f"{what}.from is {role!r}, no role that is known: {', '.join(sorted(_FROM))}")
+        raise RowError(f"{what}.from is {role!r}, which is not a known role: {', '.join(sorted(_FROM))}")
     role = _ROLES.get(role, role)
     content = value[keys[1]]
     if role == "assistant" and isinstance(content, str):  # an empty response is valid: the model ended at once

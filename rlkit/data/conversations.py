@@ -81,7 +81,7 @@ class Ending:
             raise DataError(f"{text.reason} ({asked.problem.origin}, answered by '2'): {_REMEDY}.")
         if not text.startswith(asked.text):
             raise DataError(
-                "the chat template renders an answer otherwise than it asks for one "
+                "the chat template renders an answer differently from how it asks for one "
                 f"(...{asked.text[-40:]!r} is not how an answered conversation begins): {_REMEDY}, or other "
                 "model.chat_template_arguments."
             )
@@ -89,9 +89,9 @@ class Ending:
         place = _first_stop(answer, stops)
         if place is None:
             raise DataError(
-                f"the chat template does not end an answer: after it comes {answer.partition('2')[2]!r}, and a "
-                f"response ends with {names}. Add that to the template ({_REMEDY}), or the token that ends its answers "
-                "to eos_token_id in the model's generation_config.json."
+                f"the chat template does not end an answer: after it comes {answer.partition('2')[2]!r}, but a "
+                f"response ends with {names}. Add that to the template ({_REMEDY}), or add the token that ends its "
+                "answers to eos_token_id in the model's generation_config.json."
             )
         end = place[0] + len(place[1])
         before, inside, alone, bare = template.token_ids(
@@ -109,7 +109,7 @@ class Ending:
         rest = answer[start + len(stop) :]
         doubled = next((s for s in self.stops if rest == s + self.tail), None)
         if rest != self.tail and doubled is None:
-            return BadRow("", f"{stop!r} is in the middle of an answer, which it ends")
+            return BadRow("", f"{stop!r} is in the middle of an answer, which it would end")
         return answer[self.space and answer.startswith(" ") : start], doubled or stop
 
 
@@ -195,13 +195,13 @@ def _pieces(
         assert isinstance(start, str) and isinstance(answered, str) and isinstance(whole, str)
         if not answered.startswith(start):
             return BadRow(
-                "", "the chat template renders this answer otherwise than it asks for it", _REMEDY.capitalize()
+                "", "the chat template renders this answer differently from how it asks for it", _REMEDY.capitalize()
             )
         if not whole.startswith(answered):
             return BadRow(
                 "",
-                "the chat template renders an earlier answer otherwise once the conversation goes on",
-                f"Train on the last answers alone (data.train_on=last), or {_REMEDY}",
+                "the chat template renders an earlier answer differently once the conversation continues",
+                f"Train only on the last answers (data.train_on=last), or {_REMEDY}",
             )
         answer = ending.cut(answered[len(start) :])
         if isinstance(answer, BadRow):

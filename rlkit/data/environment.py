@@ -44,7 +44,7 @@ class EnvironmentSource(DataSource):
         tasks = self._tasks(split)
         ids = {task.id for task in tasks}
         if len(ids) < len(tasks):
-            raise DataError(f"{self._name} brings {len(tasks)} {split} tasks with {len(ids)} different ids")
+            raise DataError(f"{self._name} has {len(tasks)} {split} tasks with only {len(ids)} different ids")
         return [_problem(task) for task in tasks], []
 
     def provides(self) -> frozenset[str]:
@@ -68,13 +68,13 @@ class EnvironmentSource(DataSource):
         if split in self._known:
             return self._known[split]
         if self.environment is None:
-            raise DataError("data=environment has the tasks of an environment, and there is none: environment=NAME")
+            raise DataError("data=environment has the tasks of an environment, but there is none: add environment=NAME")
         try:
             tasks = self.environment.tasks(self.options, split, self.config.task_seed)
         except UserError as error:
             raise DataError(f"{self._name}: {error}") from error
         if tasks is None:
-            raise DataError(f"{self._name} brings no tasks: choose other data, like data=jsonl data.path=FILE")
+            raise DataError(f"{self._name} has no tasks: choose other data, like data=jsonl data.path=FILE")
         if wrong := next((task for task in tasks[:PREVIEWED] if not isinstance(task, Task)), None):
             raise DataError(f"{self._name}.tasks() must return Tasks, not {type(wrong).__name__}")
         self._known[split] = tasks

@@ -104,8 +104,8 @@ class TableSource(DataSource):
                 messages.append(str(error))
         if not messages and self._source("train") == self._source("heldout"):
             messages.append(
-                f"{self._source('train')} is both training and held-out data: name another one, or leave the held-out "
-                "one out, and a share is held out (data.heldout_share)."
+                f"{self._source('train')} is both training and held-out data: name other held-out data, or none, so "
+                "that a share is held out (data.heldout_share)."
             )
         return messages
 
@@ -170,7 +170,9 @@ class TableSource(DataSource):
         same = [judged.get(digest(question_key(problem))) for problem in train]
         kept = picked(train, [i for i, judge in enumerate(same) if judge is None])
         bad = bad + [
-            BadRow(train[i].origin, f"held out: {judge} asks the same") for i, judge in enumerate(same) if judge
+            BadRow(train[i].origin, f"held out: {judge} asks the same question")
+            for i, judge in enumerate(same)
+            if judge
         ]
         self._refuse(self._source("train"), kept, bad)
         return {"train": (kept, bad), "heldout": (heldout, heldout_bad)}
@@ -191,7 +193,7 @@ class TableSource(DataSource):
         chosen = held_out(map(question_key, problems), share, config.heldout_seed)
         if chosen is None:
             raise DataError(
-                f"{self._source('train')} has one question only, so none can be held out: name held-out data "
+                f"{self._source('train')} has only one question, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
         return picked(problems, np.flatnonzero(~chosen)), picked(problems, np.flatnonzero(chosen))
@@ -255,7 +257,7 @@ class DataSetConfig(RowsConfig):
         if self.revision is not None and Path(self.path).expanduser().exists():
             raise ValueError(f"revision has no effect on local data ({self.path})")
         if is_local(self.path) and (self.split != "train" or self.heldout_split is not None):
-            raise ValueError(f"{self.path} is a file and has no splits: leave split and heldout_split out")
+            raise ValueError(f"{self.path} is a file and has no splits: leave out split and heldout_split")
         return self
 
 

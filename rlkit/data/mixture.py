@@ -62,17 +62,17 @@ def _member(name: str, fields: Mapping[str, Any]) -> Member:
     options = dict(fields)
     kind, weight = options.pop("kind", None), options.pop("weight", 1.0)
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name}: a name has letters, digits and _ only, a letter first")
+        raise ValueError(f"{name}: a name has only letters, digits and _, starting with a letter")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ValueError(f"{name}.weight must be a number above 0, not {weight!r}")
     if kind is None:
-        raise ValueError(f"{name}.kind is missing; it is one of {', '.join(KINDS)}, or the dotted path of a class")
+        raise ValueError(f"{name}.kind is missing; it must be one of {', '.join(KINDS)}, or the dotted path of a class")
     try:
         cls = find_class("data source", KINDS.get(str(kind), kind), DataSource)
     except NotFoundError as error:
         raise ValueError(f"{name}.kind={kind}: {error}; or one of {', '.join(KINDS)}") from error
     if issubclass(cls, Mixture):
-        raise ValueError(f"{name}.kind={kind}: a mixture is of sources, not of mixtures")
+        raise ValueError(f"{name}.kind={kind}: a mixture cannot contain another mixture")
     try:
         return Member(name, cls, cls.Config(**options), float(weight))
     except ValidationError as error:
@@ -131,7 +131,7 @@ class Mixture(DataSource):
                 if other is None:
                     yield problem
                 else:
-                    bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
+                    bad.append(BadRow(problem.origin, f"held out: {other} asks the same question"))
 
         return stored(problems()), bad
 

@@ -13,7 +13,7 @@ from rlkit.data.stored import picked
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import DataSolvedError
 
-ALL_RETIRED = "the data are solved: the policy has answered every prompt as rightly as buffer.retire_solved_share asks"
+ALL_RETIRED = "the data are solved: the policy has reached buffer.retire_solved_share on every prompt"
 
 
 class PromptOrder:

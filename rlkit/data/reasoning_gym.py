@@ -111,10 +111,10 @@ class ReasoningGymSource(DataSource):
         if done.returncode == -signal.SIGALRM:
             raise DataError(
                 f"data.name={config.name}: reasoning-gym has given no new question for {QUIET_SECONDS} s; change "
-                "data.options, or name another data set"
+                "data.options, or choose another data set"
             )
         if done.returncode != 0:
-            last = next(iter(done.stderr.strip().splitlines()[-1:]), "it ended without a word")
+            last = next(iter(done.stderr.strip().splitlines()[-1:]), "it ended without a message")
             raise DataError(f"data.name={config.name}: reasoning-gym cannot draw its questions: {last}")
         problems: dict[Split, list[Problem]] = {split: [] for split in counts}
         for line in done.stdout.splitlines():  # a literal contains no line ends

@@ -88,7 +88,7 @@ class PairsSource(RecordedSource):
             raise RowError(f"{config.chosen_column} and {config.rejected_column} are equal")
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         if shared is None:
-            raise RowError(f"one of {config.chosen_column} and {config.rejected_column} is the other's beginning")
+            raise RowError(f"one of {config.chosen_column} and {config.rejected_column} is the beginning of the other")
         if shared == 0 or {chosen[shared].role, rejected[shared].role} != {"assistant"}:
             raise RowError(
                 f"the prompts of {config.chosen_column} and {config.rejected_column} differ (message {shared + 1})"
@@ -251,7 +251,7 @@ class ChatSource(RecordedSource):
         if messages[-1].role != "assistant":
             self.note(f"conversations end with a message of the {messages[-1].role}, which is left out", origin)
         if any(message.role == "system" for message in messages[1:end]):
-            self.note("conversations have a system message after the beginning, rendered where it stands", origin)
+            self.note("conversations have a system message after the beginning, which is rendered in place", origin)
         answer = Response(messages[first:end], 1.0, _weight(row, config), tuple(trained[first:end]), origin)
         return Parts(messages[:first], (answer,))
 
@@ -358,6 +358,7 @@ def split_off_the_scale(problems: Sequence[Problem]) -> tuple[list[Problem], lis
         if not wrong:
             good.append(problem)
         bad += [
-            BadRow(origin, f"its score {value:g} is no label, 0 (bad) to 1 (good)") for origin, value in wrong.items()
+            BadRow(origin, f"its score {value:g} is not a label, 0 (bad) to 1 (good)")
+            for origin, value in wrong.items()
         ]
     return good, bad

@@ -43,8 +43,9 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         expected = Tokenizer.from_file(str(saved)).encode(_PROBE, add_special_tokens=False).ids
         if tokenizer.encode(_PROBE, add_special_tokens=False) != expected:
             warnings.warn(
-                f"{path}: transformers chose {type(tokenizer).__name__} for this model_type; it splits text otherwise "
-                "than the saved tokenizer.json; if the model was trained with the latter, change its model_type.",
+                f"{path}: transformers chose {type(tokenizer).__name__} for this model_type, which splits text "
+                "differently from the saved tokenizer.json; if the model was trained with the latter, change its "
+                "model_type.",
                 stacklevel=2,
             )
     return tokenizer
@@ -229,7 +230,7 @@ def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) ->
     if bos is not None and any(prompt.token_ids[:2] == (bos, bos) for _, prompt, _ in asked):
         raise DataError(
             f"the chat template begins with the BOS token {template.tokenizer.bos_token!r} twice: remove one "
-            "(model.chat_template names a template file to use in its place)."
+            "(model.chat_template names a template file to use instead)."
         )
     return asked, bad
 

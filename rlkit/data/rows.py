@@ -141,7 +141,7 @@ def parse_rows(
     kept = np.arange(len(problems))
     if 2 * marked.sum() > len(marked):
         # If most answers have the marker, one without is a cut-off solution and not an answer.
-        reason = f"{config.answer_column} has no {ANSWER_MARKER} with the final answer, as other rows have"
+        reason = f"{config.answer_column} has no {ANSWER_MARKER} with the final answer, unlike other rows"
         bad += [BadRow(problem.origin, reason) for problem in picked(problems, kept[~marked])]
         kept = kept[marked]
     _, first, same = np.unique(key[kept], return_index=True, return_inverse=True)

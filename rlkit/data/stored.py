@@ -93,6 +93,6 @@ def _named() -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"the data are large, and a temporary file in {FOLDER} cannot keep them ({error}): name a folder with room "
+            f"the data are large, and a temporary file in {FOLDER} cannot hold them ({error}): name a folder with room "
             "in the environment variable TMPDIR."
         ) from error

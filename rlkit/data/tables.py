@@ -74,7 +74,7 @@ def file_rows(path: Path, key: str, text_columns: Collection[str] = ()) -> Rows:
             raise DataError(f"{key}={path} is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE.")
         suffix = ".parquet" if start == b"PAR1" else _suffix(path)
         if start[:2] == _GZIP and (suffix in readers or path.suffix != ".gz"):
-            raise DataError(f"{key}={path} is gzipped, and only .jsonl.gz is read so: unpack it.")
+            raise DataError(f"{key}={path} is gzipped, but only .jsonl.gz can be read gzipped: unpack it.")
         if suffix == ".parquet" and start != b"PAR1":
             raise DataError(f"{key}={path} is not a Parquet file.")
         if suffix in readers:
@@ -115,16 +115,16 @@ def _json_lines(path: Path, key: str) -> Rows:
                 if isinstance(row, BadRow):
                     first = first or row
                     if row.reason.startswith("a JSON list over"):
-                        raise DataError(f"{key}={path}: {row.reason}. Name a file that is one list .json.")
+                        raise DataError(f"{key}={path}: {row.reason}. A file that is one list must be named .json.")
                 objects += not isinstance(row, BadRow)
                 yield origin, row
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{key}={path} cannot be read after line {number}: {error}") from error
     if not objects:
-        why = f"; the first: {first.origin}: {first.reason}" if first else ": it has blank lines only"
+        why = f"; the first: {first.origin}: {first.reason}" if first else ": it has only blank lines"
         beginning = _first_line(path) if first else ""
         plain = "," in beginning and beginning.isprintable() and beginning.lstrip()[:1] not in "[{"
-        csv_like = " A CSV file's name ends in .csv." if plain else ""
+        csv_like = " A CSV file's name must end in .csv." if plain else ""
         raise DataError(f"{key}={path} has no line that is a JSON object{why}.{csv_like}")
 
 
@@ -298,7 +298,7 @@ def _reach_hub(path: str, key: str) -> None:
         socket.create_connection((address.hostname, address.port or 443), timeout=_REACH_SECONDS).close()
     except OSError as error:
         raise DataError(
-            f"{key}={path} is no file or folder here (looked from {Path.cwd()}), and {address.hostname} cannot be "
+            f"{key}={path} is not a file or folder here (looked from {Path.cwd()}), and {address.hostname} cannot be "
             f"reached ({error}). {_fetch(path)}, or set HF_HUB_OFFLINE=1 if it is in the cache."
         ) from error
 

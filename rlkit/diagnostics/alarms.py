@@ -41,7 +41,7 @@ class NoSignal(Diagnostic):
         reward = f" (mean reward {metrics['reward/mean']:.3f})" if "reward/mean" in metrics else ""
         return (
             f"all responses to a prompt got the same reward, in every group{reward}, so all advantages are 0. Look in "
-            "samples.jsonl: is the reward able to read these answers, are the problems too hard or too easy for this "
+            "samples.jsonl: can the reward read these answers, and are the problems too hard or too easy for this "
             "policy? (docs/metrics.md, `group/all_equal_share`)"
         )
 
@@ -87,8 +87,7 @@ class Hacking(Diagnostic):
                 warnings.append(
                     f"{what} rose from {change[0]:.3f} to {change[1]:.3f} over {2 * windows.steps} steps while the "
                     f"share of answers that the rule verifier finds right fell from {verified[0]:.1%} to "
-                    f"{verified[1]:.1%}: the policy may be fooling its reward (read samples.jsonl; docs/metrics.md "
-                    "says more)"
+                    f"{verified[1]:.1%}: the policy may be fooling its reward (read samples.jsonl and docs/metrics.md)"
                 )
         return Findings(warning="; ".join(warnings))
 

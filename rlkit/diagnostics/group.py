@@ -68,8 +68,8 @@ class Diagnostics:
             for name in findings.scalars:
                 if "/" not in name or name in metrics or name in added:
                     raise UserError(
-                        f"diagnostic {part.config.kind} reports {name}: a metric is named area/name, and only once in "
-                        "a step"
+                        f"diagnostic {part.config.kind} reports {name}: a metric must be named area/name, and be "
+                        "reported only once in a step"
                     )
             added |= findings.scalars
             self._report(record.step, part, findings)

@@ -51,11 +51,11 @@ class JudgeFalsePositives(Diagnostic):
     @classmethod
     def objections(cls, config: Any, facts: RunFacts) -> Iterable[str]:
         if facts.reward is None:
-            yield "no reward is asked in this run"
+            yield "no reward is used in this run"
         elif facts.reward.raw_scores:
-            yield "the reward gives raw scores of a model, and a probe is accepted from 0.5 on a scale from 0 to 1"
+            yield "the reward gives raw scores of a model, but a probe is accepted from 0.5 on a scale from 0 to 1"
         elif facts.reward.process_rewards or (not facts.reward.judges_texts and facts.reward.samples == 1):
-            yield "the reward judges tokens, and a probe is a text alone"
+            yield "the reward judges tokens, but a probe is only a text"
 
     def probes(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
         """Return one group per question and probe, with a right response for judges that compare."""
@@ -78,7 +78,9 @@ class JudgeFalsePositives(Diagnostic):
             if score.valid and score.value is not None
         )
         if not rates:
-            return Findings(warning=f"the reward could judge no probe ({judged[0][1].reason or 'it gives no values'})")
+            return Findings(
+                warning=f"the reward could not judge any probe ({judged[0][1].reason or 'it gives no values'})"
+            )
         worst = max(rates, key=lambda key: rates[key])
         scalars = {"judge_fpr/max": rates[worst], "judge_fpr/mean": sum(rates.values()) / len(rates)}
         table = [{"probe": key, "false_positive_rate": rate} for key, rate in rates.items()]
@@ -91,7 +93,7 @@ class JudgeFalsePositives(Diagnostic):
         shown = ", ".join(f"{key!r} on {rates[key]:.0%}" for key in accepted)
         return (
             f"the reward accepts responses without content ({shown} of the questions), which a policy learns to write. "
-            "Use another judge or model, a guard (reward.guard=true of reward=judge), or allow it by max_rate"
+            "Use another judge or model, a guard (reward.guard=true of reward=judge), or allow it with max_rate"
         )
 
 

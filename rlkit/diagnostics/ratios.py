@@ -110,10 +110,10 @@ class RatioShift(Diagnostic):
             return ""
         self.windows.warned()
         return (
-            f"importance ratios stay below 1 (mean {means[1]:.3f} over {self.windows.steps} steps), and of tokens with "
-            f"a positive advantage {clipped[1]:.2%} are clipped: the upper bound does not hold the policy back. Lower "
-            "algorithm.clip_high, learner.learning_rate or learner.minibatches_per_step (diagnostics/ratio_shift.jsonl "
-            "says where in the responses)"
+            f"importance ratios stay below 1 (mean {means[1]:.3f} over {self.windows.steps} steps), and only "
+            f"{clipped[1]:.2%} of the tokens with a positive advantage are clipped: the upper bound does not restrain "
+            "the policy. Lower algorithm.clip_high, learner.learning_rate or learner.minibatches_per_step "
+            "(diagnostics/ratio_shift.jsonl shows where in the responses)"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,9 +195,9 @@ class Drift(Diagnostic):
         if chosen and rejected and chosen[1] < min(0.0, chosen[0] - self.FALL) and rejected[1] < rejected[0]:
             warnings.append(
                 f"the log-ratio to the reference fell over {2 * steps} steps for better responses ({chosen[0]:.2f} to "
-                f"{chosen[1]:.2f} nats) and for worse ones ({rejected[0]:.2f} to {rejected[1]:.2f}): probability goes "
-                "to responses that were in neither. Add a term for the better ones (an nll term), take a smaller "
-                "learner.learning_rate, or a stronger pull to the reference"
+                f"{chosen[1]:.2f} nats) and for worse ones ({rejected[0]:.2f} to {rejected[1]:.2f}): probability moves "
+                "to responses that are neither. Add a term for the better ones (an nll term), lower "
+                "learner.learning_rate, or strengthen the pull to the reference"
             )
         if most is not None and kl and kl[1] > most:
             warnings.append(

@@ -41,14 +41,14 @@ def _other(score: Score, against: str) -> float | None:
 def nothing_to_compare(record: StepRecord) -> Findings:
     return Findings(
         warning="there is nothing to compare the reward with: without a held-out problem that the verifier can judge, "
-        "no verifier works in this run"
+        "no verifier is in use in this run"
     )
 
 
 def compares_something(facts: RunFacts) -> Iterator[str]:
     if not facts.verified:
         yield (
-            "there is no verifier to compare with: it is the reward itself (name another one by verifier=NAME), or "
+            "there is no verifier to compare with: it is the reward itself (choose another with verifier=NAME), or "
             "judges no training answers (evaluation.training_answers)"
         )
 
@@ -122,7 +122,7 @@ class RewardGap(Diagnostic):
         if accuracies[worst] > CHANCE and accuracies[best] - accuracies[worst] <= self.config.max_gap:
             return ""
         self.quiet = self.config.steps
-        compared = f", and of {best} in {accuracies[best]:.0%}" if best != worst else ""
+        compared = f", and in {accuracies[best]:.0%} of those of {best}" if best != worst else ""
         return (
             f"the reward orders two responses as the verifier does in {accuracies[worst]:.0%} of the pairs of "
             f"{worst}{compared}. Train the reward on such prompts, or leave them out (diagnostics/reward_gap.jsonl)"
@@ -201,8 +201,8 @@ class Starc(Diagnostic):
         self.windows.warned()
         return (
             f"the reward has nothing in common with {self.config.against} (mean distance {change[1]:.2f} over "
-            f"{self.windows.steps} steps; 0.71 is chance): what is trained is not what it stands for. Read "
-            "samples.jsonl, and use another reward or shaping"
+            f"{self.windows.steps} steps; 0.71 is chance): training optimises something else. Read samples.jsonl, and "
+            "use another reward or shaping"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class TrackerConfig(Named):
     def _keeps_no_secret(cls, fields: Any) -> Any:
         for name in fields if isinstance(fields, Mapping) else ():
             if name not in cls.model_fields and re.search(r"key|token|secret|password", str(name)):
-                raise ValueError(f"takes {name} from the environment alone: a configuration is written to config.yaml")
+                raise ValueError(f"takes {name} only from the environment: the configuration is written to config.yaml")
         return fields
 
     @property

@@ -68,7 +68,7 @@ class Delivery:
                 self._filled.notify()
                 return
         if first:
-            self._say(f"does not keep up ({len(self._queue)} calls wait): some numbers or texts will be missing there")
+            self._say(f"cannot keep up ({len(self._queue)} calls are waiting): it will lack some numbers or texts")
 
     def end(self, status: Status) -> None:
         with self._filled:
@@ -84,7 +84,7 @@ class Delivery:
         """Abandon the thread: it may hang for ever, but reports nothing more."""
         with self._filled:
             left = len(self._queue)
-        self._say(f"is left behind: it has not sent all it was given ({left} calls) in time")
+        self._say(f"is left behind: it has not sent everything ({left} calls) in time")
         self._speaks = False
 
     def _work(self, start: tuple[Any, ...]) -> None:
@@ -95,7 +95,7 @@ class Delivery:
             if started.where:
                 self._say(started.where)
         elif not self.failed:
-            self._say(f"does not take part in this run: start() returned {started!r}, no Started")
+            self._say(f"does not take part in this run: start() returned {started!r}, not a Started")
         while True:
             with self._filled:
                 self._filled.wait_for(lambda: self._queue)
@@ -120,7 +120,7 @@ class Delivery:
             self._lose(method, arguments)
             if self.failed == 1:
                 left_out = " without it" if method == "start" else ""
-                self._say(f"{method} failed: {type(error).__name__}: {error}; the run goes on{left_out}")
+                self._say(f"{method} failed: {type(error).__name__}: {error}; the run continues{left_out}")
             return None
 
     def _lose(self, method: str, arguments: tuple[Any, ...]) -> None:

@@ -58,7 +58,7 @@ class RunFolder:
             self._metrics = self.metrics.open("a", encoding="utf-8")
             self.samples.touch()
         except BlockingIOError:
-            raise RunFolderError(f"run_dir={self.path} is in use by a run that goes on: end it first") from None
+            raise RunFolderError(f"run_dir={self.path} is in use by a run that has not ended: end it first") from None
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
         self.writer = Writer(self.path)
@@ -113,7 +113,7 @@ class RunFolder:
             if file.stat().st_size < size:
                 raise RunFolderError(
                     f"{file} is shorter than when the checkpoint was made: it was edited. Name another run_dir and "
-                    "resume=CHECKPOINT to go on there."
+                    "resume=CHECKPOINT to continue there."
                 )
             os.truncate(file, size)
 

@@ -103,7 +103,7 @@ def transcript(sample: Sample) -> str:
     lines: list[str] = []
     for message, _, begun in _messages(sample):
         if begun is not None and (lines or begun.messages):
-            lines.append("-- a conversation of its own --" if begun.messages else "-- rendered anew --")
+            lines.append("-- a separate conversation --" if begun.messages else "-- rendered again --")
             lines += [f"{before.role}: {_said(before)}" for before in begun.messages]
         lines.append(f"{message.role}: {_said(message)}")
     return "\n".join(lines)

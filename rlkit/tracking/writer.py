@@ -41,7 +41,7 @@ class Writer:
     def unwritten(self) -> str:
         """Describe the pending work, for a message."""
         what = ", ".join(what for what, _ in self._open)
-        return f"{what} to be written in {self.folder} (does its disk answer? Repair it, or name another run_dir)"
+        return f"{what} to be written in {self.folder} (does its disk respond? Repair it, or name another run_dir)"
 
     async def caught_up(self) -> None:
         """Wait until at most one piece of work is pending."""

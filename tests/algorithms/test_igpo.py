@@ -132,7 +132,7 @@ def test_the_learner_is_asked_as_the_model_would_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("algorithm=igpo reward=math", "IGPO as configured tells turns apart, and there are none"),
+        ("algorithm=igpo reward=math", "IGPO as configured needs turns, and there are none"),
         ("algorithm=igpo environment=maze", "IGPO needs a gold answer with every prompt"),
         ("algorithm=igpo environment=hidden_facts algorithm.credit=min_form", "turn_discounted"),
     ],

@@ -242,5 +242,5 @@ def test_recipes(tmp_path: Path) -> None:
     assert (config.kl_coefficient, config.kl_in, pure.config.learner.minibatches_per_step) == (0.001, "reward", 2)
     brpo = load_config(["algorithm=brpo", "reward=rule", f"run_dir={tmp_path / 'run'}"]).make_algorithm().config
     assert (brpo.samples_per_prompt, brpo.max_skew, brpo.kl_coefficient) == (16, 0.6, 0.0)
-    with pytest.raises(ConfigError, match="StepCredit needs process rewards, and MathReward gives none"):
+    with pytest.raises(ConfigError, match="StepCredit needs process rewards, but MathReward gives none"):
         load_config(["algorithm=pure", "reward=rule", f"run_dir={tmp_path / 'run'}"])

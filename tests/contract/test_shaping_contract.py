@@ -101,7 +101,7 @@ def check_options(part: Named, section: dict[str, Any]) -> None:
 @each_step
 def test_the_options_of_a_step_are_typed_and_documented(section: dict[str, Any]) -> None:
     check_options(parsed(section), section)
-    with pytest.raises(ValueError, match="no_such_option is no option"):
+    with pytest.raises(ValueError, match="there is no option no_such_option"):
         parse_steps([{**section, "no_such_option": 1}])
 
 
@@ -156,7 +156,7 @@ def combine(combiner: Combiner, *values: float, weights: float = 1.0) -> float:
 @each_combiner
 def test_the_options_of_a_combiner_are_typed_and_documented(section: dict[str, Any]) -> None:
     check_options(parse_combiner(section), section)
-    with pytest.raises(ValueError, match="no_such_option is no option"):
+    with pytest.raises(ValueError, match="there is no option no_such_option"):
         parse_combiner({**section, "no_such_option": 1})
 
 

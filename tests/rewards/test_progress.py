@@ -122,7 +122,7 @@ def test_nothing_is_learnt_from_what_was_not_judged() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("reward=progress", "ProgressReward reads what an environment gave"),
+        ("reward=progress", "ProgressReward reads what an environment gives"),
         ("reward=progress environment=maze reward.outcome.per_turn=true", "would be lost"),
         ("reward=progress environment=maze reward.value=none algorithm=grpo", "gives process rewards"),
         ("reward=progress environment=maze reward.model_path=nowhere", r"reward\.model_path"),

@@ -130,7 +130,7 @@ def test_a_file_may_list_options(load: Load, problems: Problems, tmp_path: Path)
     file.write_text(yaml.safe_dump({"reward": ["rule", {"p": "polar"}]}))
     run = load("reward.parts.p.weight=2", file=file)
     assert (list(parts(run)), parts(run)["p"]["weight"]) == (["rule", "p"], 2)
-    assert any("sets reward already" in message for message in problems("reward=[rule]", file=file))
+    assert any("already sets reward" in message for message in problems("reward=[rule]", file=file))
     file.write_text(yaml.safe_dump({"reward": ["rull"]}))
     assert any(f"{file}: reward: there is no option rull; did you mean rule?" in m for m in problems(file=file))
     file.write_text(yaml.safe_dump({"reward": "rule", "trainer": [1]}))
@@ -164,10 +164,10 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
         (["reward=[rul,polar]"], "reward=[rul,polar]: there is no option rul; did you mean rule? available: "),
         (["reward=[rule,zzz9]"], "there is no option zzz9; available: "),
         (["reward=[]"], "reward=[]: needs at least one part, like reward=[rule,polar]"),
-        (["reward=[rule,rule]"], "rule stands there twice; give each a name: reward='[{a:rule},{b:rule}]'"),
+        (["reward=[rule,rule]"], "rule is listed twice; give each a name: reward='[{a:rule},{b:rule}]'"),
         (["reward=[{a:rule,b:polar}]"], "must be one name with its option"),
         (["reward=[{a-b:rule}]"], "'a-b' cannot name a part"),
-        (["reward=[3]"], "3 is no option"),
+        (["reward=[3]"], "3 is not an option"),
         (["reward=combined"], "reward.parts: needs at least one part; write reward=[rule,polar]"),
         (["reward=[rule]", "reward.parts.rule.format_wight=1"], "did you mean reward.parts.rule.format_weight?"),
         (
@@ -261,14 +261,14 @@ def test_a_users_own_step_and_combiner(load: Load, own: str, tmp_path: Path) -> 
     [
         ("reward.shaping=[own_shaping.Powr]", "step 1: own_shaping.Powr cannot be imported: "),
         ("reward.shaping=[own_shaping.Powr]", "has no Powr; did you mean own_shaping.Power?"),
-        ("reward.shaping=[own_shaping.Power]", "step 1 (own_shaping.Power): exponent is needed"),
+        ("reward.shaping=[own_shaping.Power]", "step 1 (own_shaping.Power): exponent is required"),
         ("reward.shaping=[{kind:own_shaping.Power,exponent:true}]", "exponent must be a number, above 0"),
         ("reward.shaping=[own_shaping.Unfinished]", "own_shaping.Unfinished lacks apply(), which every step must have"),
         ("reward.shaping=[own_shaping.Nowhere]", "own_shaping.Nowhere must be a subclass of one of OutcomeStep, "),
         ("reward.shaping=[own_shaping.Largest]", "own_shaping.Largest is not a subclass of rewards.shaping.steps.Step"),
         ("reward.shaping=[no_module.Step]", "step 1: no_module.Step cannot be imported: there is no module no_module"),
         ("reward.combine=meen", "combiner: there is no kind 'meen'; did you mean mean? available: "),
-        ("reward.combine={kind:own_shaping.Largest,ofset:1}", "ofset is no option of it; did you mean offset?"),
+        ("reward.combine={kind:own_shaping.Largest,ofset:1}", "there is no option ofset; did you mean offset?"),
         ("reward.combine=own_shaping.Power", "is not a subclass of rewards.combined.scores.Combiner"),
     ],
 )

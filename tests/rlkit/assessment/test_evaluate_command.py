@@ -243,7 +243,7 @@ def test_a_run_a_checkpoint_or_a_model_is_the_first_word(trained: Path) -> None:
     assert [policy.step for policy in load_evaluation([str(trained), "checkpoints=all"]).policies] == [0, 2, 4]
     for words, said in [
         ([str(second), "checkpoints=all"], "says that already; leave one of them out"),
-        ([str(trained), f"run={trained}"], "is named already; leave one of them out"),
+        ([str(trained), f"run={trained}"], "is already given; leave one of them out"),
         ([f"{trained}s"], f"did you mean {trained}?"),
         ([str(trained / "checkpoints")], "name a run (runs/x), a checkpoint"),
         (["embedded:policy", "model.path=x"], "embedded:policy says that already"),

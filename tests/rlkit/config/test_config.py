@@ -135,7 +135,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
     ("override", "message"),
     [
         ("reward=polr", "reward=polr: no such option; did you mean polar? available: code, combined, "),
-        ("cluster=gpu", "cluster=gpu: no such option; one GPU is cluster=single_gpu, a machine of eight "),
+        ("cluster=gpu", "cluster=gpu: no such option; for one GPU use cluster=single_gpu, for a machine of eight "),
         ("cluster=multi_gpus", "cluster=multi_gpus: no such option; did you mean multi_gpu? available: local_cpu, "),
         ("reward=zzz", "reward=zzz: no such option; available: code, combined, "),
         ("reward=null", "reward=null: a run needs one; available: code, "),
@@ -153,8 +153,8 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("trainer={total_step: 3}", "did you mean trainer.total_steps?"),
         (
             "data.prompt_column=q",
-            "Arithmetic has none (it belongs to data=chat, data=csv, data=hf, data=jsonl, data=pairs, data=parquet and "
-            "data=responses)",
+            "Arithmetic does not have it (it belongs to data=chat, data=csv, data=hf, data=jsonl, data=pairs, "
+            "data=parquet and data=responses)",
         ),
         ("trainer.total_steps=0", "trainer.total_steps=0: must be an integer, at least 1"),
         ("trainer.total_steps=2.5", "trainer.total_steps=2.5: must be an integer"),
@@ -225,7 +225,7 @@ def test_a_class_of_the_user_s_brings_its_own_fields(load: Load) -> None:
     [
         (["reward._target_=my_parts.MyReward", "reward.treshold=1"], "did you mean reward.threshold?"),
         (["data._target_=my_parts.MyData"], "data.size: needs a value"),
-        (["data._target_=my_parts.FussyData", "data.size=1"], "cannot be made: RuntimeError: no luck"),
+        (["data._target_=my_parts.FussyData", "data.size=1"], "cannot be created: RuntimeError: no luck"),
         (["reward._target_=my_parts.FussyReward"], "reward._target_=my_parts.FussyReward: mode=plain: no such folder"),
         (["reward._target_=my_parts.MyRewrd"], "did you mean my_parts.MyReward?"),
         (["reward._target_=my_parts.HalfReward"], "lacks score()"),
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_configuration(problems: Problems, user_folder: Path, 
 def test_an_option_and_a_file_for_one_part_exclude_each_other(problems: Problems, user_folder: Path) -> None:
     file = user_folder / "mine.yaml"
     file.write_text("reward: {_target_: my_parts.MyReward}\n")
-    assert any("sets reward already" in line for line in problems(file=file))
+    assert any("already sets reward" in line for line in problems(file=file))
 
 
 def test_the_verifier_is_a_part_of_its_own(load: Load, tmp_path: Path) -> None:

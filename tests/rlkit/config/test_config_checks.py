@@ -111,7 +111,7 @@ def test_checks_only_name_known_sections() -> None:
         ({"algorithm": SomeAlgorithm(layout="full_group"), "learner": LearnerConfig(tokens_per_microbatch=575)},
          "learner.tokens_per_microbatch", "set at least 576"),
         ({"buffer": BufferConfig(min_group_reward=0.9, max_group_reward=0.1)},
-         "buffer.min_group_reward", "every group is rejected"),
+         "buffer.min_group_reward", "every group would be rejected"),
         ({"buffer": BufferConfig(drop_equal_rewards=True), "algorithm": SomeAlgorithm(samples=1)},
          "buffer.drop_equal_rewards", "rejects every group"),
         ({"rollout": RolloutConfig(oversample=1.5)}, "rollout.oversample", "no filter rejects groups"),
@@ -132,7 +132,7 @@ def test_checks_only_name_known_sections() -> None:
         (with_critic(policy_waits_steps=100), "critic.policy_waits_steps", "would never learn"),
         (with_critic(warmup_steps=100), "critic.warmup_steps", "100 optimizer steps"),
         (with_critic(tokens_per_microbatch=100), "critic.tokens_per_microbatch", "set at least 128"),
-        (with_critic(logit_elements_per_chunk=5), "critic.logit_elements_per_chunk", "no logits"),
+        (with_critic(logit_elements_per_chunk=5), "critic.logit_elements_per_chunk", "not logits"),
         (with_critic(dtype="bfloat16"), "critic.dtype", "use float32"),
         ({**with_critic(), "cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(zero_stage=1)},
          "critic.zero_stage", "fp32 master weights"),
@@ -228,7 +228,7 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (issue,) = run_checks({"run_dir": tmp_path / "file" / "run", "resume": "never"})
-    assert "cannot be made" in issue.message
+    assert "cannot be created" in issue.message
 
 
 def test_model_shape_comes_from_headers_alone(bare_model: Path) -> None:
@@ -296,7 +296,7 @@ class SomeData:
     [
         ("rewards.verifiers.math.MathReward", {}, None),
         ("rewards.verifiers.terms.GroupLength", {}, "compares 2 responses to a prompt; a held-out prompt has 1 ("),
-        ("rewards.implicit_prm.reward.ImplicitPRM", {}, "learns in the run"),
+        ("rewards.implicit_prm.reward.ImplicitPRM", {}, "learns during the run"),
         ("rewards.verifiers.instructions.Instructions", {}, "needs instruction_id_list"),
         ("rewards.verifiers.match.RegexMatch", {"pattern_column": "pattern"}, "needs pattern"),
         ("rewards.polar.reward.PolarReward", {}, "needs references"),

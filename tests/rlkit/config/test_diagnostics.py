@@ -59,10 +59,10 @@ def test_a_class_of_a_users_is_named_by_its_path(tmp_path: Path, monkeypatch: py
         (["diagnostics=hacking"], "must be a list, like [hacking,"),
         (
             ["diagnostics=[{kind:drift,max_k:1}]"],
-            "(drift): max_k is no option of it; did you mean max_kl?",
+            "(drift): there is no option max_k; did you mean max_kl?",
         ),
         (["diagnostics=[{kind:drift,alarm:halt}]"], "alarm=halt must be one of warn, stop"),
-        (["diagnostics=[drift,drift]"], "drift stands there twice"),
+        (["diagnostics=[drift,drift]"], "drift is listed twice"),
         (["diagnostics=[ratio_shift]"], "ratio_shift: has no effect: with one optimizer step per training step"),
         (["diagnostics=[drift]", "algorithm=rloo"], "drift: compares with the reference policy"),
         (["diagnostics=[starc]"], "starc: there is no verifier to compare with: it is the reward itself"),

@@ -71,35 +71,35 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
     changed = load("environment.numbers=4", file=file)
     assert len(changed.source.load("train")[0]) == 4
     beside = plan_text(plan(load(*COUNTING, "environment.placement=worker", "environment.workers=2")))
-    assert "2 processes beside each rollout worker, up to 64 episodes each" in beside
+    assert "2 processes next to each rollout worker, up to 64 episodes each" in beside
     assert "host, environment worker" in beside
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reward=environment"], "reward=environment: EnvironmentReward reads what an environment gave"),
+        (["reward=environment"], "reward=environment: EnvironmentReward reads what an environment gives"),
         (["reward=rule", "verifier=environment"], "verifier=environment: EnvironmentReward reads"),
         (
             [
                 *("reward=implicit_prm", "algorithm=prime", "reward.outcome.per_turn=false"),
                 "reward.outcome._target_=rewards.environment.EnvironmentReward",
             ],
-            "ImplicitPRM reads what an environment gave",
+            "ImplicitPRM reads what an environment gives",
         ),
-        (["reward=rule", "data=environment"], "there is none: environment=NAME"),
+        (["reward=rule", "data=environment"], "there is none: add environment=NAME"),
         (["reward=rule", "environment.max_turns=3"], "environment.max_turns=3: has no effect: there is no environment"),
         ([*COUNTING, "environment.max_turn=3"], "did you mean environment.max_turns?"),
         ([*COUNTING, "environment.workers=3"], "has no effect with environment.placement=inline"),
         ([*COUNTING, "environment.max_turn_tokens=1000"], "environment.max_turn_tokens=1000: is above rollout"),
         ([*COUNTING, "rollout.source=data", "data=arithmetic"], "talks to the policy turn by turn"),
         ([*COUNTING, "rollout.steps=lines"], "rollout.steps=lines: has no effect with an environment"),
-        ([*COUNTING, "rollout.structured.regex=a+"], "the policy says several things"),
+        ([*COUNTING, "rollout.structured.regex=a+"], "the policy writes several turns"),
         (
             ["reward=rule", "environment._target_=counting.Asking"],
             "Asking needs price with every prompt, but Arithmetic",
         ),
-        (["environment._target_=counting.Asking", "data=environment"], "Asking brings no tasks"),
+        (["environment._target_=counting.Asking", "data=environment"], "Asking has no tasks"),
         (["environment._target_=counting.Untyped"], "the tool look: its argument item has no type"),
         (["environment._target_=counting.Nothing"], "counting has no Nothing"),
         (["environment._target_=pathlib.Path"], "is not a subclass of rlkit.environments.base.Environment"),
@@ -109,18 +109,18 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         ),
         (
             [*COUNTING, "environment.history=rerender", "reward=implicit_prm"],
-            "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of",
+            "reward=implicit_prm: runs a model over prompt and response as one row, but an episode (with",
         ),
         (
             [*COUNTING, "environment.history=rerender", "algorithm=igpo"],
-            "IGPO as configured puts responses behind other prompts as one row, and episodes (those of",
+            "IGPO as configured puts responses after other prompts as one row, but an episode (with",
         ),
         (
             [*AGENT, "reward=implicit_prm"],
-            "as one row, and episodes (an agent's) may be several rows; name another reward",
+            "as one row, but an episode (of an agent) may be several rows; choose another reward",
         ),
         ([*AGENT, "reward=progress"], "reward=progress: runs a model over prompt and response as one row"),
-        ([*AGENT, "algorithm=kto"], "Preference as configured puts responses behind other prompts as one row"),
+        ([*AGENT, "algorithm=kto"], "Preference as configured puts responses after other prompts as one row"),
         ([*COUNTING, "reward.discount=0.5"], "discount has no effect with reward.value=sum"),
     ],
 )
@@ -134,7 +134,7 @@ def test_an_environment_without_rewards_is_judged_by_others(load: Load) -> None:
     tools = ["environment=tools", "environment.tools=[calculator]", "data=arithmetic"]
     for environment in ([*program, "environment.prints_reward=false"], tools):
         said = refused(load, *environment, "model=agent", "reward=environment", "verifier=rule")
-        assert "every episode would earn 0; name another (reward=math, ...)" in said
+        assert "every episode would score 0; choose another reward (reward=math, ...)" in said
 
 
 def test_what_the_rows_of_an_episode_may_have(load: Load) -> None:
@@ -153,7 +153,7 @@ def test_warnings(load: Load) -> None:
     many = load(*COUNTING, "environment.max_turn_tokens=64")
     assert any("3 turns of up to 64 tokens" in str(warning) for warning in many.warnings)
     clock = load(*COUNTING, "environment._target_=counting.Clock")
-    assert any("a resumed run goes on otherwise" in str(warning) for warning in clock.warnings)
+    assert any("a resumed run differs" in str(warning) for warning in clock.warnings)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo", "turn_discounted"])

@@ -104,12 +104,13 @@ def test_another_split_of_the_same_data_set(load: Load, tmp_path: Path) -> None:
     [
         ("evaluation.samples=4 evaluation.greedy=true", "evaluation.samples=4: 4 greedy responses"),
         ("evaluation.greedy=true evaluation.temperature=0.6", "evaluation.temperature=0.6: has no effect with"),
-        ("evaluation.temperature=0", "asked for by evaluation.greedy=true"),
+        ("evaluation.temperature=0", "evaluation.greedy=true takes the likeliest tokens"),
         ("evaluation.samples=0", "at least 1"),
         ("evaluation.sets.x.path=nowhere.jsonl evaluation.sets.x.data=jsonl", "sets.x.path=nowhere.jsonl: no"),
         ("evaluation.sets.x.data=jsonnl evaluation.sets.x.path=a", "no such option; did you mean jsonl?"),
-        ("evaluation.sets.x.path=FILE", "Arithmetic has none; evaluation.sets.x.data=NAME takes another source"),
-        ("evaluation.sets.x.prompts=3", "names no problems; write evaluation.sets.x.path=FILE"),
+        ("evaluation.sets.x.path=FILE",
+         "Arithmetic does not have it; evaluation.sets.x.data=NAME takes another source"),
+        ("evaluation.sets.x.prompts=3", "has no source of problems; write evaluation.sets.x.path=FILE"),
         ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=FILE evaluation.sets.x.prompts=0", "at least 1"),
         ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=FILE evaluation.sets.x.answer_colum=a",
          "did you mean evaluation.sets.x.answer_column?"),
@@ -117,7 +118,7 @@ def test_another_split_of_the_same_data_set(load: Load, tmp_path: Path) -> None:
          "set evaluation.sets.x.prompt_column"),
         ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=GOLD evaluation.sets.x.answer_column=null",
          "MathReward needs answer with every prompt"),
-        ("evaluation.sets.x-y.path=FILE", "letters, digits and _ only"),
+        ("evaluation.sets.x-y.path=FILE", "only letters, digits and _"),
         ("verifier=group_length", "a held-out prompt has 1 (evaluation.samples)"),
         ("verifier=group_length evaluation.samples=2 algorithm=ppo algorithm.samples_per_prompt=1",
          "evaluation.training_answers"),
@@ -246,11 +247,11 @@ def test_the_plan_counts_what_is_held_out_and_says_where_it_comes_from(load: Loa
     words = ["data=jsonl", f"data.path={train}"]
     own = load(*words).source.load("heldout")[0]
     assert told(*words, *hard) == {
-        "held out": f"{len(own)} problems, 0.05 of the questions of {train} (data.heldout_share)",
+        "held out": f"{len(own)} problems, 0.05 of the questions in {train} (data.heldout_share)",
         "held out, hard": f"30 problems of {test} (evaluation.sets.hard)",
     }
     other = tmp_path / "other.jsonl"
     other.write_text(test.read_text().replace("text", "question").replace("is", "was"))
     assert told(*words, f"data.heldout_path={other}") == {
-        "held out": f"30 problems, those of {other} (data.heldout_path)"
+        "held out": f"30 problems, those in {other} (data.heldout_path)"
     }

@@ -136,7 +136,7 @@ def test_help_on_nothing_says_so(refused: Typed) -> None:
     assert "did you mean trainer?" in refused("--help", "tranier")
     assert "no such option; did you mean math?" in refused("--help", "reward=mth")
     assert "did you mean reward/mean?" in refused("--help", "reward/meen")
-    assert "--help metrics metrics" in refused("--help", "x/y")
+    assert "--help metrics all metrics" in refused("--help", "x/y")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

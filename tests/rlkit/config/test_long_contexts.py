@@ -70,7 +70,7 @@ def refusal(model: Path, *overrides: str) -> str:
         ),
         (
             ["cluster=local_cpu", "learner.offload_activations=true"],
-            "learner.offload_activations=true: moves to host memory what lies there",
+            "learner.offload_activations=true: moves activations to host memory, where they already are",
         ),
         (["trainer.prompts_per_step=2", "algorithm.samples_per_prompt=2", "learner.ranks=16"], "each of 16 ranks"),
         (

@@ -141,7 +141,7 @@ def test_more_ranks_than_visible_gpus_are_refused(
         f"reward.model_path={write_chat_model(tmp_path / 'model')}",
     ]
     assert train_reward([*own, "device=cuda", "reward.ranks=2", f"run_dir={tmp_path}/never"]) == 2
-    assert "wants 2 GPUs, and this machine has 1 for this process (CUDA_VISIBLE_DEVICES=1)" in capsys.readouterr().err
+    assert "needs 2 GPUs, but this machine has 1 for this process (CUDA_VISIBLE_DEVICES=1)" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
 
 
@@ -174,7 +174,7 @@ def test_engines_share_heads_equally(shapes: Path) -> None:
 
 def test_more_gpus_than_one_machine_has_is_a_warning(shapes: Path) -> None:
     run = load(shapes / "7B", "cluster=multi_gpu", "rollout.tensor_parallel_size=2")
-    assert "it wants 16 GPUs" in str(run.warnings)
+    assert "it needs 16 GPUs" in str(run.warnings)
     assert "cluster.address" not in str(load(shapes / "7B", "cluster=multi_gpu").warnings)
 
 

@@ -58,8 +58,8 @@ MISLEADING = {
     "peft=lora": ["model.lora.rank=16 trains a low-rank adapter"],
     "tracking.wandb=true": ["W&B is a tracker", "tracking.trackers=[tensorboard,wandb]"],
     "tracking=wandb": ["W&B is a tracker", "available: default"],
-    "tracking=mlflow": ["it is a tracker: tracking.trackers=[tensorboard,mlflow]"],
-    "tracking=comet": ["is a class of yours"],
+    "tracking=mlflow": ["mlflow is a tracker: tracking.trackers=[tensorboard,mlflow]"],
+    "tracking=comet": ["needs a class of your own"],
     "trainer.logger=wandb": ["trackers are a list", "tracking.trackers=[tensorboard,wandb]"],
     "rollout.name=hf": ["the sampler is vLLM"],
     "reward=[rule,length] reward.parts.length.weight=0": ["reward.parts.length: set reward.parts.length.max_tokens"],
@@ -68,13 +68,13 @@ MISLEADING = {
     "algorithm=purre": ["1 problem", "did you mean pure?"],
     "verifier=none": ["held-out answers are always judged", "evaluation.training_answers=false"],
     "model=Qwen/Qwen3-0.6B": ["model=hf model.path=FOLDER"],
-    "rollout.multi_turn=true": ["several turns and tools are an environment's: environment=NAME"],
-    "rollout.tools=[search]": ["several turns and tools are an environment's: environment=NAME"],
-    "env=gym": ["several turns and tools are an environment's: environment=NAME"],
+    "rollout.multi_turn=true": ["several turns and tools need an environment: environment=NAME"],
+    "rollout.tools=[search]": ["several turns and tools need an environment: environment=NAME"],
+    "env=gym": ["several turns and tools need an environment: environment=NAME"],
     "model.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
     "data.chat_template_kwargs.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
     "model.chat_template_arguments.enable_thinking=false": [
-        "enable_thinking=false: is no variable of the chat template; it has"
+        "enable_thinking=false: is not a variable of the chat template; it has"
     ],
     "model.chat_template_arguments.messages=1": ["is set for every prompt already"],
     "rollout.stop_strings=[x]": ["did you mean rollout.stop?"],
@@ -89,10 +89,10 @@ MISLEADING = {
     "rollout.structured=x": ["rollout.structured=x"],
     "rollout.structured.regex=x rollout.structured.choices=[y]": ["set one of regex, choices and json_schema"],
     "rollout.structured.regexp=x": ["did you mean rollout.structured.regex?"],
-    "rollout.structured.regex=a**": ["rollout.structured.regex", "is no regular expression: multiple repeat"],
+    "rollout.structured.regex=a**": ["rollout.structured.regex", "is not a regular expression: multiple repeat"],
     "rollout.structured.choices=yes": ["choices must be a list of texts, like [yes,no], or column:NAME"],
     "rollout.structured.choices=[]": ["none of them empty"],
-    "rollout.structured.json_schema={type:objekt}": ["is no JSON schema: 'objekt'"],
+    "rollout.structured.json_schema={type:objekt}": ["is not a JSON schema: 'objekt'"],
     "rollout.structured.json_schema=gone.json": ["gone.json cannot be read: No such file or directory"],
     "rollout.structured.choices=column:options": ["Arithmetic has no column 'options'", "it has none"],
     "trainer.epochs=2": ["trainer.total_epochs", "trainer.total_steps"],
@@ -106,7 +106,7 @@ MISLEADING = {
     "critic.lr=1e-5": ["did you mean critic.learning_rate?"],
     "trainer.steps=5": ["did you mean trainer.total_steps"],
     "trainer.max_steps=5": ["did you mean trainer.total_steps?"],
-    "data.path=train.jsonl": ["Arithmetic has none; a file is read by data=jsonl data.path=train.jsonl"],
+    "data.path=train.jsonl": ["Arithmetic does not have it; to read a file, use data=jsonl data.path=train.jsonl"],
     "data=train.jsonl": ["data=jsonl data.path=train.jsonl"],
     "reward=my_rewards.py": ["reward.function=my_rewards.NAME"],
     "algorithm.lambd=0.9": ["algorithm.gae_lambda, which the chosen algorithm does not have"],
@@ -154,30 +154,30 @@ WRONG = {
     "seed=99999999999999999999": ["at most 9223372036854775807"],
     "cluster.address=127.0.0.1:1": ["no Ray answers there", "Connection refused", "ray start --head"],
     "run_dir=": ["run_dir=: is empty"],
-    "run_dir=/": ["no folder for a run's files"],
-    "run_dir=.": ["no folder for a run's files"],
-    "run_dir=~": ["no folder for a run's files"],
-    "run_dir=/proc/x": ["no folder for a run's files"],
-    "run_dir=/dev/shm/../x": ["no folder for a run's files"],
-    "run_dir=things": ["holds other things (a.txt, b.txt, c.txt, ...) and no run"],
+    "run_dir=/": ["not a folder for a run's files"],
+    "run_dir=.": ["not a folder for a run's files"],
+    "run_dir=~": ["not a folder for a run's files"],
+    "run_dir=/proc/x": ["not a folder for a run's files"],
+    "run_dir=/dev/shm/../x": ["not a folder for a run's files"],
+    "run_dir=things": ["holds other things (a.txt, b.txt, c.txt, ...) but no run"],
     "rollout.max_prompt_tokens=1": ["at least 8"],
     "trainer.prompts_per_step=1000000": ["need", "GiB of memory at their peak"],
     "rollout.max_concurrent_samples=1000000": ["at most 65536"],
     "trainer.step_timeout_seconds=1e-9": ["at least 1"],
     "trainer.startup_timeout_seconds=0.001": ["at least 1"],
     "reward=rule reward.timeout_seconds=1e-9": ["at least 0.1"],
-    "trainer.max_staleness=100": ["could be sampled by the first policy"],
+    "trainer.max_staleness=100": ["could be sampled from the initial policy"],
     "data.heldout_problems=100000000": ["at most 1000000"],
     "reward=judge reward.base_url=http://127.0.0.1:1/v1 reward.model=m": ["no judge answers there"],
     "reward=polar reward.backend=http_vllm reward.urls=[http://127.0.0.1:1]": ["no POLAR server answers there"],
     "reward=[rule,format] reward.parts.rule.weight=0 reward.parts.format.weight=0": ["every reward is 0"],
     "model.chat_template=/etc/passwd": ["does not use `messages`"],
     "model.chat_template=no_messages.jinja": ["does not use `messages`"],
-    "model.chat_template=broken.jinja": ["is no Jinja template"],
+    "model.chat_template=broken.jinja": ["is not a Jinja template"],
     "model.chat_template=gone.jinja": ["no such file"],
     "data=jsonl data.path=train.jsonl data.heldout_path=train.jsonl": ["has the rows of data.path"],
     "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path (copy.jsonl)"],
-    "data=jsonl data.path=one.jsonl": ["one.jsonl has one question only, so none can be held out"],
+    "data=jsonl data.path=one.jsonl": ["one.jsonl has only one question, so none can be held out"],
     "data=jsonl data.path=train.jsonl data.heldout_path=half.jsonl": ["32 of 64 rows cannot be used", "asks the same"],
     "data=jsonl data.path=long.jsonl": [
         "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 61 train prompts are longer",
@@ -203,7 +203,7 @@ DOUBTFUL = {
     "algorithm.kl_coefficient=50": "outweighs the rewards",
     "trainer.best_metric=my_area/my_metric": "No metric of rlkit has this name",
     "data.train_problems=1": "the same questions several times",
-    "cluster.address=auto": "no Ray runs on this machine",
+    "cluster.address=auto": "no Ray is running on this machine",
 }
 
 
@@ -256,12 +256,14 @@ def test_arguments_of_a_template_of_one_s_own_are_accepted(folder: Path, accepte
     (folder / "own.jinja").write_text("{{ messages }}{% if thinking is defined and thinking %}<think>{% endif %}")
     accepted("model.chat_template=own.jinja", "model.chat_template_arguments.thinking=false")
     text = refused("model.chat_template=own.jinja", "model.chat_template_arguments.thinkin=false")
-    assert "model.chat_template_arguments.thinkin=false: is no variable of the chat template; it has thinking" in text
+    assert (
+        "model.chat_template_arguments.thinkin=false: is not a variable of the chat template; it has thinking" in text
+    )
 
 
 def test_an_interval_of_the_preset_is_no_mistake_of_the_user(accepted: Typed) -> None:
-    assert "never comes" not in accepted("trainer.total_steps=2")
-    assert "never comes" in accepted("trainer.total_steps=2", "trainer.evaluate_every_steps=15")
+    assert "is never reached" not in accepted("trainer.total_steps=2")
+    assert "is never reached" in accepted("trainer.total_steps=2", "trainer.evaluate_every_steps=15")
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ LINES = "rollout.steps=lines"
         (("algorithm=grpo", "reward=implicit_prm"), "ImplicitPRM gives process rewards, which GRPO would ignore"),
         (("algorithm=rloo", *BOTH, LINES), "an algorithm that learns from them: ppo, prime, pure, grpo_process"),
         (("algorithm=ppo", "algorithm.process_coefficient=0", *BOTH, LINES), "which PPO would ignore"),
-        (("algorithm=ppo_turns", "reward=math"), "PPO as configured tells turns apart, and there are none"),
-        (("algorithm=gigpo", *BOTH, LINES), "StepCredit as configured tells turns apart, and there are none"),
-        (("algorithm=pure", "reward=math"), "StepCredit needs process rewards, and MathReward gives none"),
-        (("algorithm=pure", *STEPWISE, LINES), "gives process rewards alone, and StepCredit needs outcomes, too"),
-        (("algorithm=prime", *STEPWISE, LINES), "gives process rewards alone, and PRIME needs outcomes, too"),
+        (("algorithm=ppo_turns", "reward=math"), "PPO as configured needs turns, and there are none"),
+        (("algorithm=gigpo", *BOTH, LINES), "StepCredit as configured needs turns, and there are none"),
+        (("algorithm=pure", "reward=math"), "StepCredit needs process rewards, but MathReward gives none"),
+        (("algorithm=pure", *STEPWISE, LINES), "gives only process rewards, but StepCredit needs outcomes, too"),
+        (("algorithm=prime", *STEPWISE, LINES), "gives only process rewards, but PRIME needs outcomes, too"),
         (("algorithm=ppo", *STEPWISE), "rollout.steps=none: FunctionReward judges steps; say what a step is"),
         (
             ("algorithm=grpo", "reward=math", LINES),
@@ -37,7 +37,7 @@ LINES = "rollout.steps=lines"
         (("algorithm=prime", "reward=implicit_prm", "rollout.steps=words"), "rollout.steps=words"),
         (
             ("algorithm=ppo", *STEPWISE, LINES, "buffer.min_group_reward=0.0"),
-            "buffer.min_group_reward=0.0: has no effect: FunctionReward gives process rewards alone",
+            "buffer.min_group_reward=0.0: has no effect: FunctionReward gives only process rewards",
         ),
         (
             (

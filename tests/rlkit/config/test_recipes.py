@@ -45,7 +45,7 @@ def test_a_recipe_is_valid_with_its_data(recipe: str, accepted: Callable[..., st
     if recipe == "sft":
         options += ["data=jsonl", "data.path=train.jsonl"]
     text = accepted(f"algorithm={recipe}", *options)
-    assert ("the data bring the responses" in text) == ("data=pairs" in options or recipe == "sft")
+    assert ("the data have the responses" in text) == ("data=pairs" in options or recipe == "sft")
 
 
 def test_ppo_says_where_turns_would_count_twice(accepted: Callable[..., str]) -> None:

@@ -28,7 +28,7 @@ def labelled(*labels: Any) -> list[Any]:
         (
             labelled(1, 5),
             "algorithm=kto data=responses data.score_column=label",
-            "rows.jsonl:2 has a score of 5: name true and false labels with data.label_column",
+            "rows.jsonl:2 has a score of 5: name a column of true and false labels (data.label_column)",
         ),
         (labelled(True), "algorithm=kto data=responses", "are good: add bad ones, or imitate these (algorithm=sft"),
         (labelled(0), "algorithm=bco data=responses", "are bad: add good ones"),
@@ -41,7 +41,7 @@ def labelled(*labels: Any) -> list[Any]:
         (
             good(40),
             "algorithm=grpo data=jsonl rollout.structured.choices=column:chioces",
-            "rows.jsonl has no column 'chioces' that no other key names; it has none",
+            "rows.jsonl has no column 'chioces' besides those that other keys name; it has none",
         ),
     ],
 )
@@ -56,7 +56,7 @@ def test_a_mixture_says_which_of_its_sources_lacks_something(refused: Typed, tmp
     files = {"pairs": write(tmp_path / "pairs.jsonl", pairs()), "jsonl": write(tmp_path / "asked.jsonl", good(40))}
     sources = [f"data.sources.my_{k}.{f}" for k, v in files.items() for f in (f"kind={k}", f"path={v}")]
     message = refused("algorithm=dpo", "data=mixture", "rollout.source=data", *sources)
-    assert "data.sources.my_jsonl says of none that it is better" in " ".join(message.split())
+    assert "data.sources.my_jsonl does not say which are better" in " ".join(message.split())
 
 
 def test_a_dry_run_says_which_rows_are_skipped(accepted: Typed, tmp_path: Path) -> None:

@@ -60,10 +60,10 @@ def copied_policy(tmp_path: Path) -> Path:
     ("option", "text"),
     [
         ("rollout.max_concurrent_samples=8", "samples nothing"),
-        ("rollout.sleep=always", "nobody takes turns"),
+        ("rollout.sleep=always", "take turns, which they do not"),
         ("rollout.structured.regex=a", "samples nothing"),
         ("verifier=choice", "samples nothing"),
-        ("reward=rule", "bring their own labels"),
+        ("reward=rule", "have their own labels"),
         ("algorithm.samples_per_prompt=4", "the data say how many"),
         ("evaluation.samples=3", "samples nothing"),
         ("critic.reference_cache=file", "has no effect"),
@@ -91,14 +91,14 @@ def test_a_cache_that_nobody_fills_is_refused(load: Load, pairs: Sequence[str]) 
 
 def test_a_filter_without_scores_is_refused(load: Load) -> None:
     distilled = ("algorithm=distill", "algorithm.teacher=embedded:policy")
-    with pytest.raises(ConfigError, match="no reward is asked"):
+    with pytest.raises(ConfigError, match="no reward is used"):
         load(*distilled, "buffer.drop_equal_rewards=true")
     assert load(*distilled, "buffer.truncated=drop_group").config.buffer.drops_groups
 
 
 def test_a_reward_that_follows_the_policy_needs_one_that_samples(load: Load, pairs: Sequence[str]) -> None:
     follows = ("reward=implicit_prm", "reward.reference=policy", "rollout.judge=always")
-    with pytest.raises(ConfigError, match="sent to nobody"):
+    with pytest.raises(ConfigError, match="they are not sent"):
         load(*pairs, *follows)
 
 
@@ -118,7 +118,7 @@ def test_tokenizers_are_compared_by_their_tokens(load: Load, copied_policy: Path
     *_, first, second = vocabulary
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="has another tokenizer"):
+    with pytest.raises(ConfigError, match="has a different tokenizer"):
         load(*teacher)
 
 

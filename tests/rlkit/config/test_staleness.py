@@ -53,7 +53,7 @@ def test_synchronous_training_stays_as_it_was(tmp_path: Path) -> None:
 def test_no_correction_is_a_choice_with_a_warning(tmp_path: Path) -> None:
     run = load(tmp_path, "trainer.max_staleness=1", "algorithm.rollout_correction=none")
     assert run.config.algorithm["rollout_correction"] == "none"
-    assert "as if they were the present one's" in "".join(warnings(run, "max_staleness"))
+    assert "as if they were the current one's" in "".join(warnings(run, "max_staleness"))
 
 
 def test_a_ratio_to_the_sampler_needs_no_weights(tmp_path: Path) -> None:
@@ -75,4 +75,4 @@ def test_a_loss_that_cannot_weight_them_is_refused(tmp_path: Path) -> None:
 
 def test_work_at_once_on_shared_gpus_is_said(tmp_path: Path) -> None:
     shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
-    assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
+    assert "neither frees memory" in "".join(warnings(shared, "max_staleness"))

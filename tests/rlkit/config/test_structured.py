@@ -45,14 +45,14 @@ def test_a_column_holds_each_problem_s_own(kind: str, value: Any, expected: dict
     ("kind", "value", "reason"),
     [
         ("regex", None, "column 'own' is empty"),
-        ("regex", 3, "3 is no regular expression"),
-        ("regex", "(", "is no regular expression: missing"),
+        ("regex", 3, "3 is not a regular expression"),
+        ("regex", "(", "is not a regular expression: missing"),
         ("choices", "yes", "'yes' is not JSON"),
-        ("choices", {"a": 1}, "is no list of texts"),
+        ("choices", {"a": 1}, "is not a list of texts"),
         ("choices", [1, 2], "must be a list of texts"),
         ("choices", [], "none of them empty"),
-        ("json_schema", "[1]", "is no JSON schema, which is an object"),
-        ("json_schema", {"type": "objekt"}, "is no JSON schema: 'objekt'"),
+        ("json_schema", "[1]", "is not a JSON schema, which must be an object"),
+        ("json_schema", {"type": "objekt"}, "is not a JSON schema: 'objekt'"),
     ],
 )
 def test_a_row_with_an_unusable_value_is_a_bad_row(kind: str, value: Any, reason: str) -> None:

@@ -55,8 +55,8 @@ def test_an_option_with_dashes_is_answered_alike() -> None:
     [
         ("algorithm.loss_type=kto_pair", "that is algorithm=kto"),
         ("algorithm.loss_type=[sigmoid]", "that is algorithm=dpo"),
-        ("importance_sampling_level=token", "--help lists all of them"),
-        ("foo.enable=true", "--help lists all of them"),
+        ("importance_sampling_level=token", "--help lists all keys"),
+        ("foo.enable=true", "--help lists all keys"),
         ("critic.lr=1", "did you mean critic.learning_rate?"),
         ("evaluation.max_new_tokens=9", "did you mean evaluation.max_response_tokens?"),
         ("model_path=x", "did you mean model.path or reward.model_path?"),

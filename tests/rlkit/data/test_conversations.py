@@ -65,7 +65,7 @@ def test_an_end_within_a_response_is_a_bad_row(name: str) -> None:
     prompts, bad, _ = recorded(family, problem(answer(f"Yo{stop} and more")), good)
     assert len(prompts) == 1
     assert [(row.origin, row.reason) for row in bad] == [
-        ("r.jsonl:1", f"{stop!r} is in the middle of an answer, which it ends")
+        ("r.jsonl:1", f"{stop!r} is in the middle of an answer, which it would end")
     ]
 
 
@@ -112,7 +112,7 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     last = problem(Response(TURNS[-1:], origin="r.jsonl:2"), prompt=(*HI, *CHAT))
     prompts, bad, tokenizer = recorded(family, problem(Response(TURNS, origin="r.jsonl:1")), last)
     assert [row.origin for row in bad] == ["r.jsonl:1"]
-    assert "renders an earlier answer otherwise" in bad[0].reason and "data.train_on=last" in bad[0].remedy
+    assert "renders an earlier answer differently" in bad[0].reason and "data.train_on=last" in bad[0].remedy
     assert tokenizer.decode(the(prompts[0]).samples[0].token_ids) == "<think>\n\n</think>\n\nthree<|im_end|>"
 
 
@@ -123,7 +123,7 @@ def test_a_template_that_cannot_end_an_answer_is_refused() -> None:
     with pytest.raises(DataError, match=r"after it comes '<\|im_end\|>\\n'.*ends with '<\|endoftext\|>'.*eos_token_id"):
         render_recorded([problem(answer("Yo"))], tokenizer, stops, 100, 100)
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    with pytest.raises(DataError, match="renders an answer otherwise than it asks for one"):
+    with pytest.raises(DataError, match="renders an answer differently from how it asks for one"):
         render_recorded([problem(answer("Yo"))], tokenizer, stops, 100, 100)
 
 

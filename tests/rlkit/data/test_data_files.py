@@ -216,7 +216,7 @@ def test_check_names_unreadable_files(tmp_path: Path) -> None:
     assert "no such file" in jsonl(tmp_path / "absent.jsonl").check()[0]
     assert "is a folder" in jsonl(tmp_path).check()[0]
     (tmp_path / "list.jsonl").write_text(json.dumps(good(3), indent=1))
-    assert "is one list .json" in jsonl(tmp_path / "list.jsonl").check()[0]
+    assert "is one list must be named .json" in jsonl(tmp_path / "list.jsonl").check()[0]
     both = jsonl(tmp_path / "absent.jsonl", heldout_path=str(tmp_path / "gone.jsonl")).check()
     assert len(both) == 2
     assert "data.heldout_path" in both[1]

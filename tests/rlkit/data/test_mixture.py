@@ -66,7 +66,7 @@ def test_messages_name_the_source(tmp_path: Path) -> None:
     ("sources", "reason"),
     [
         ({}, "names no source"),
-        ({"a": {"path": "x"}}, "a.kind is missing; it is one of"),
+        ({"a": {"path": "x"}}, "a.kind is missing; it must be one of"),
         (
             {"a": {"kind": "chats", "path": "x"}},
             "one of arithmetic, chat, environment, hf, jsonl, pairs, reasoning_gym, responses",
@@ -74,8 +74,8 @@ def test_messages_name_the_source(tmp_path: Path) -> None:
         ({"a": {"kind": "chat"}}, "a.path: Field required"),
         ({"a": {"kind": "chat", "path": "x", "traim_on": "last"}}, "a.traim_on: no such key; did you mean train_on"),
         ({"a": {"kind": "chat", "path": "x", "weight": 0}}, "a.weight must be a number above 0"),
-        ({"a/b": {"kind": "chat", "path": "x"}}, "letters, digits and _ only"),
-        ({"a": {"kind": "rlkit.data.mixture.Mixture", "sources": {}}}, "not of mixtures"),
+        ({"a/b": {"kind": "chat", "path": "x"}}, "only letters, digits and _"),
+        ({"a": {"kind": "rlkit.data.mixture.Mixture", "sources": {}}}, "cannot contain another mixture"),
     ],
 )
 def test_what_is_wrong_with_a_source_is_said(sources: Any, reason: str) -> None:

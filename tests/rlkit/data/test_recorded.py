@@ -107,7 +107,7 @@ def test_a_pairs_numbers_and_other_columns(tmp_path: Path) -> None:
         ({"chosen": [user("a")], "rejected": [user("b")]}, "chosen does not end with a message of the assistant"),
         (
             {"chosen": CONVERSATIONS["chosen"], "rejected": [*CONVERSATIONS["chosen"], user("b"), assistant("c")]},
-            "one of chosen and rejected is the other's beginning",
+            "one of chosen and rejected is the beginning of the other",
         ),
         (CONVERSATIONS | {"prompt": "2+2?"}, "chosen is a conversation that does not begin with the prompt"),
         ({"prompt": "?", "chosen": "2", "rejected": "3", "p": 1.5}, "p is 1.5, not between 0 and 1"),
@@ -250,7 +250,8 @@ def test_forms_of_a_conversation(
         ({"messages": [user("?"), assistant(" ")]}, "message 2 is an empty answer"),
         (
             {"conversations": [{"from": "human", "value": "?"}, {"from": "bot", "value": "2"}]},
-            "conversations[1].from is 'bot', no role that is known: assistant, function_call, gpt, human, observation",
+            "conversations[1].from is 'bot', which is not a known role: "
+            "assistant, function_call, gpt, human, observation",
         ),
         (
             {"text": "all in one", "id": None},
@@ -307,7 +308,7 @@ def test_labels_of_another_kind_may_not_be_skipped(tmp_path: Path) -> None:
     source = ResponsesSource(ResponsesSource.Config(path=str(write(tmp_path / "rows.jsonl", rows))), seed=0)
     (message,) = source.check()
     assert "7 of 21 rows cannot be used" in message and "rows.jsonl:1: label must be true, false or a number" in message
-    assert "Labels are true or false, or numbers from 0 (bad) to 1 (good): write them so" in message
+    assert "Write labels as true or false, or as numbers from 0 (bad) to 1 (good)" in message
     assert "allow more with" not in message
 
 
@@ -330,7 +331,8 @@ def test_what_is_done_with_rows_is_said(tmp_path: Path) -> None:
     assert skipped.endswith("are skipped:\n  rows.jsonl:9: no message of the assistant is trained on")
     assert noted == [
         "2 conversations end with a message of the user, which is left out (the first: rows.jsonl:6)",
-        "1 conversations have a system message after the beginning, rendered where it stands (the first: rows.jsonl:8)",
+        "1 conversations have a system message after the beginning, which is rendered in place "
+        "(the first: rows.jsonl:8)",
     ]
     loading = ChatSource(ChatSource.Config(**options), seed=0)
     loading.load("train")

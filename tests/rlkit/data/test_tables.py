@@ -76,10 +76,13 @@ NOT_READ_GZIPPED = ("json.gz", "csv.gz", "parquet.gz", "csv", "jsonl")
     [
         ("d.jsonl", b"", "is empty"),
         ("d.jsonl", '{"question": "1"}'.encode("utf-16"), "is UTF-16; write it as UTF-8"),
-        *((f"d.{end}", GZIPPED, "is gzipped, and only .jsonl.gz is read so: unpack it") for end in NOT_READ_GZIPPED),
-        ("d.jsonl", b"question,answer\n1+1?,2\n", "A CSV file's name ends in .csv"),
+        *(
+            (f"d.{end}", GZIPPED, "is gzipped, but only .jsonl.gz can be read gzipped: unpack it")
+            for end in NOT_READ_GZIPPED
+        ),
+        ("d.jsonl", b"question,answer\n1+1?,2\n", "A CSV file's name must end in .csv"),
         ("d.jsonl", b"\xff\x00garbage\n", "not UTF-8"),
-        ("d.jsonl", b"\n\n", "it has blank lines only"),
+        ("d.jsonl", b"\n\n", "it has only blank lines"),
         ("d.json", b'[{"question": "1+1?"', "broken JSON"),
         ("d.csv", b"question;answer\n", "has no rows"),
         (

@@ -57,7 +57,7 @@ def test_the_worked_numbers_of_pair_accuracies() -> None:
         {"set": "far", "pairs": 4, "accuracy": 0.625},
         {"set": "near", "pairs": 4, "accuracy": 0.75},
     ]
-    assert "in 62% of the pairs of far, and of near in 75%" in findings.warning
+    assert "in 62% of the pairs of far, and in 75% of those of near" in findings.warning
 
 
 Judged = tuple[Group, Group]

@@ -107,12 +107,12 @@ def test_one_that_raises_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFix
         for step in (1, 2, 3):
             run.step(step, {})
     assert sorted(said(capsys)) == [
-        "tracker Forgetful: does not take part in this run: start() returned 'id', no Started",
+        "tracker Forgetful: does not take part in this run: start() returned 'id', not a Started",
         "tracker Raising: board of run",
         "tracker Raising: of 3 calls 0 were dropped and 3 failed",
-        "tracker Raising: scalars failed: SystemExit: no room for step 1; the run goes on",
+        "tracker Raising: scalars failed: SystemExit: no room for step 1; the run continues",
         "tracker Remembering: board of run",
-        "tracker Unstartable: start failed: ConnectionError: nobody answers; the run goes on without it",
+        "tracker Unstartable: start failed: ConnectionError: nobody answers; the run continues without it",
     ]
     assert [call[1] for call in CALLS if call[0] == "scalars"] == [1, 2, 3]  # of the other one
 
@@ -127,7 +127,7 @@ def test_one_that_hangs_is_left_behind(kind: str, tmp_path: Path, capsys: pytest
     waiting, left = [line for line in said(capsys) if "board" not in line]
     assert waiting == f"waiting for {kind} to send what is left, at most 0.2 s"
     calls = 3 if kind == "Hanging" else 4  # with close()
-    assert left == f"tracker {kind}: is left behind: it has not sent all it was given ({calls} calls) in time"
+    assert left == f"tracker {kind}: is left behind: it has not sent everything ({calls} calls) in time"
 
 
 def test_what_a_slow_one_has_no_room_for_is_dropped_and_counted(
@@ -147,7 +147,7 @@ def test_what_a_slow_one_has_no_room_for_is_dropped_and_counted(
     assert [call[1] for call in CALLS if call[0] == "scalars"] == list(range(1, 19))
     assert [call[1] for call in CALLS if call[0] == "samples"] == [1, 2, 3]
     lines = said(capsys)
-    assert "does not keep up (6 calls wait): some numbers or texts will be missing there" in lines[1]
+    assert "cannot keep up (6 calls are waiting): it will lack some numbers or texts" in lines[1]
     assert lines[-1] == "tracker Hanging: of 200 calls 179 were dropped and 0 failed"
     assert len(lines) == 3
 

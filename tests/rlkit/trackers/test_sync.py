@@ -119,7 +119,7 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = recorded(tmp_path)
     assert "name run folders and one tracker" in answer(2, "tracker=tensorboard")
     assert "there is no kind 'wanddb'; did you mean wandb?" in answer(2, str(run), "tracker=wanddb")
-    assert "projekt is no option of it" in answer(2, str(run), "tracker={kind:tensorboard,projekt:x}")
+    assert "there is no option projekt" in answer(2, str(run), "tracker={kind:tensorboard,projekt:x}")
     assert "tracker={kind:tensorboard: " in answer(2, str(run), "tracker={kind:tensorboard")
     assert "no such argument" in answer(2, str(run), "tracker=tensorboard", "follow=true")
     assert "holds no run" in answer(1, str(tmp_path), "tracker=tensorboard")

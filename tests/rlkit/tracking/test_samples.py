@@ -75,7 +75,7 @@ def test_conversations_of_an_episode_can_be_read() -> None:
         segments=(Segment(0, 4, ids[:2]), Segment(4, 6, ids[:3], helper)),
     )
     assert transcript(sample).splitlines() == [
-        "assistant: a", "user: go on", "assistant: b", "-- a conversation of its own --", "user: Help.", "assistant: c"
+        "assistant: a", "user: go on", "assistant: b", "-- a separate conversation --", "user: Help.", "assistant: c"
     ]  # fmt: skip
     (row,) = sample_rows(1, [replace(group("e", [value(1.0)]), samples=(sample,))], None, None)
     assert row["segments"] == [
@@ -84,7 +84,7 @@ def test_conversations_of_an_episode_can_be_read() -> None:
     ]
     assert [turn.get("reward") for turn in row["turns"]] == [0.0, None, 0.5, 1.0]
     anew = replace(sample, segments=(Segment(0, 3, ids[:2]), Segment(3, 6, ids[:3])))
-    assert "-- rendered anew --" in transcript(anew)
+    assert "-- rendered again --" in transcript(anew)
     plain = replace(group("e", [value(1.0)]), samples=(replace(sample, segments=()),))
     assert "segments" not in sample_rows(1, [plain], None, None)[0]
 

@@ -295,11 +295,11 @@ def test_who_makes_room_follows_from_the_preset(tmp_path: Path, overrides: list[
         (["cluster=multi_gpu", "learner.ranks=4", "cluster.weight_transfer=ipc"], "learner.ranks=4 is less"),
         (
             ["cluster=single_gpu", "rollout.tensor_parallel_size=2", "cluster.weight_transfer=ipc"],
-            "every GPU of the engines, 2 (rollout.workers=1 x rollout.tensor_parallel_size=2), and learner.ranks=1",
+            "each of the engines' 2 GPUs (rollout.workers=1 x rollout.tensor_parallel_size=2), but learner.ranks=1",
         ),
         (
             ["cluster=multi_gpu", "rollout.tensor_parallel_size=2", "cluster.strategy=STRICT_SPREAD"],
-            "cluster.strategy=STRICT_SPREAD: puts every GPU of a colocated run on another node",
+            "cluster.strategy=STRICT_SPREAD: puts every GPU of a colocated run on a different node",
         ),
         (["cluster.weight_bucket_mib=64"], "weight_bucket_mib=64: has no effect"),
         (["cluster.weight_transfer=ncll"], "did you mean nccl"),
@@ -323,25 +323,29 @@ def test_the_plan_says_who_makes_room_for_whom(tmp_path: Path) -> None:
     assert lines == {
         "weights to the engines": "by CUDA IPC, in buckets of 512 MiB",
         "while the learner works": "the engines sleep",
-        "while the engines sample": "in the host's memory: learner and critic",
+        "while the engines sample": "in host memory: learner and critic",
     }
 
 
 @pytest.mark.parametrize(
     ("overrides", "engines", "gpus"),
     [
-        ([], "8 vLLM engines, 2 CPU threads each, 0.5 GPU each", "8; engine and ranks of equal number share one"),
+        (
+            [],
+            "8 vLLM engines, 2 CPU threads each, 0.5 GPU each",
+            "8; an engine and the ranks with its number share one",
+        ),
         (
             ["rollout.workers=2", "rollout.tensor_parallel_size=4"],
             "2 vLLM engines, 2 CPU threads each, 0.5 of each of its 4 GPUs",
-            "8; engine 0 those of ranks 0 to 3, engine 1 those of ranks 4 to 7",
+            "8; engine 0 with ranks 0 to 3, engine 1 with ranks 4 to 7",
         ),
         (
             ["rollout.workers=2", "rollout.tensor_parallel_size=4", "cluster.placement=apart"],
             "2 vLLM engines, 2 CPU threads each, 4 GPU each",
             None,
         ),
-        (["algorithm=sft"], "none: the data bring the responses", "8"),
+        (["algorithm=sft"], "none: the data have the responses", "8"),
     ],
 )
 def test_the_plan_says_who_shares_which_gpus(
