@@ -89,7 +89,7 @@ def test_the_gpus_of_an_engine_are_on_one_node_wherever_ray_put_its_bundles() ->
     assert on_one_node(5, wide, "abbba") == [0, 4, 1, 2, 3]
     assert on_one_node(5, wide, "cabab") == [1, 3, 2, 4, 0]
     with pytest.raises(
-        NoRoomError, match=r"reserved 5 GPUs on 2 nodes \(4, 1\), and 2 engines of 3 GPUs .* do not fit"
+        NoRoomError, match=r"reserved 5 GPUs on 2 nodes \(4, 1\), but 2 engines of 3 GPUs .* do not fit there"
     ):
         on_one_node(5, [(0, 1, 2), (3, 4, 5)], "aabaa")
 
