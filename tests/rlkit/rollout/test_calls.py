@@ -133,5 +133,5 @@ def test_no_text_breaks_a_reader(text: str) -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(UserError, match=r"environment\.calls=jason: there are hermes"):
+    with pytest.raises(UserError, match=r"environment\.calls=jason: unknown; choose hermes"):
         call_format("jason", [WEATHER], None)  # type: ignore[arg-type]
