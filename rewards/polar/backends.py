@@ -40,8 +40,10 @@ class VllmBackend:
     ) -> None:
         # One process, without core binding: the reward shares its cores with the sampler and must die with its actor.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        import torch
         from vllm import LLM
 
+        torch.cpu._init_amx()  # as in rlkit/rollout/engine.py
         on_gpu = device != "cpu"
         self._llm: Any = LLM(
             model=str(folder),

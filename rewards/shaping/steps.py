@@ -342,9 +342,7 @@ class Renorm(FusingStep):
 
 
 class TurnDense(FusingStep):
-    """p / n for every process reward p.
-
-    n is the number of process rewards that are not 0 if the outcome is at least 1, else `maximum`."""
+    """p / n for every process reward p; n counts those that are not 0 if the outcome is at least 1, else `maximum`."""
 
     kind: str = "turn_dense"
     maximum: int = Field(ge=1)

@@ -129,9 +129,12 @@ def engine_arguments(
 
 def make_engine(arguments: Mapping[str, Any], further: Mapping[str, Any]) -> Any:
     """Start an engine. `further`: the user's arguments (`rollout.engine`); raises UserError if vLLM fails with them."""
+    import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    # Linux lets a process use AMX once it has asked. vLLM 0.32 does not ask, and in bfloat16 dies of a SIGILL.
+    torch.cpu._init_amx()
     try:
         return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **further}))
     except Exception as error:

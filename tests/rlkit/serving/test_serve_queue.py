@@ -129,7 +129,7 @@ def test_a_second_try_lasts_no_longer_than_its_client_waits() -> None:
             (hung,) = await queue.score([misbehaving("hang")], 50.0)
             assert worker.waiting[0] == math.inf, "a first try may have waited in the queue: it is not cut short"
             assert 0 < worker.waiting[1] < 49
-            assert str(values([hung])[0]).startswith("timeout: no answer within reward.timeout_seconds=1")
+            assert str(values([hung])[0]).startswith("timeout: no answer within the server's reward.timeout_seconds=1")
         finally:
             await queue.close()
 
