@@ -149,7 +149,7 @@ def _missing(function: RewardFunction, prompt: Prompt) -> str:
         lacking.append("answer")
     if "references" in function.required and not prompt.references:
         lacking.append("references")
-    return f"{function.name} wants {', '.join(lacking)}, which prompt {prompt.id} has not" if lacking else ""
+    return f"{function.name} needs {', '.join(lacking)}, which prompt {prompt.id} lacks" if lacking else ""
 
 
 def _prompt(prompt: Prompt, chat: bool) -> Any:
@@ -222,7 +222,7 @@ def load_function(path: str) -> RewardFunction:
     except NotFoundError as error:
         raise FunctionError(f"reward.function={path}: {error}") from error
     if inspect.isclass(function):
-        raise FunctionError(f"reward.function={path}: is a class; a Reward class is named by reward._target_={path}")
+        raise FunctionError(f"reward.function={path}: is a class; name a Reward class with reward._target_={path}")
     if not callable(function):
         raise FunctionError(f"reward.function={path}: is a {type(function).__name__}, not a function")
     try:

@@ -86,8 +86,8 @@ def outcome_problems(section: Mapping[str, Any], timeout_seconds: float) -> list
     traits = kind.traits(options)
     if traits.update_when != "none" or traits.follows_policy:
         messages.append(
-            f"reward.outcome: {kind.__name__} learns, keeps running statistics or follows the policy, and nothing "
-            "updates an outcome; name a reward that stays as it is, or combine both rewards: 'reward=[NAME,NAME]'"
+            f"reward.outcome: {kind.__name__} learns, keeps running statistics or follows the policy, but nothing "
+            "updates an outcome; name a reward that does not change, or combine both rewards: 'reward=[NAME,NAME]'"
         )
     if traits.process_rewards:
         messages.append(

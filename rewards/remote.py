@@ -195,7 +195,7 @@ class _Client:
         try:
             response = ScoreResponse.model_validate_json(content)
             if [scores.id for scores in response.groups] != [group.id for group in groups.values()]:
-                raise ValueError("it answers for other groups than it was sent")
+                raise ValueError("it answered for groups other than those it was sent")
             scores = [scores_from_wire(scores) for scores in response.groups]
         except ValueError as error:
             reason = f"wrong_answer: {self._url}: {error}"
@@ -203,7 +203,7 @@ class _Client:
             if response.model_version == self._health.model_version:
                 return dict(zip(groups, scores, strict=True))
             reason = (
-                f"model_changed: {self._url} now serves {response.model_version}, this run began with "
+                f"model_changed: {self._url} now serves {response.model_version}, this run started with "
                 f"{self._health.model_version}; its scores are on another scale"
             )
         return {index: _invalid(group, reason) for index, group in groups.items()}
@@ -257,7 +257,7 @@ def _url_problem(url: str) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return f"reward.url={url}: must be http://HOST:PORT or https://HOST:PORT"
     if parts.username or parts.password or parts.query or parts.fragment:
-        return "reward.url: an address only; a secret belongs into the variable that reward.token_env names"
+        return "reward.url: must be only an address; put the secret in the variable that reward.token_env names"
     return None
 
 
@@ -294,8 +294,8 @@ def _ask_health(url: str, token: str | None) -> Health:
 def _read_health(url: str, answer: httpx.Response) -> Health:
     if answer.status_code == 401:
         raise HandshakeError(
-            f"reward.url={url}: the server wants a token, and this one is not right; name the environment variable "
-            "that holds it with reward.token_env=VARIABLE"
+            f"reward.url={url}: the server needs a token, and has not been sent the right one; name the environment "
+            "variable that holds it with reward.token_env=VARIABLE"
         )
     no_reward_server = f"reward.url={url}: this is no reward server (HTTP {answer.status_code}: {excerpt(answer)})"
     if answer.status_code not in (200, 503):
@@ -313,7 +313,7 @@ def _read_health(url: str, answer: httpx.Response) -> Health:
     try:
         health = Health.model_validate_json(answer.content)
     except ValueError as error:
-        raise HandshakeError(f"reward.url={url}: /health is not as its schema says: {error}") from error
+        raise HandshakeError(f"reward.url={url}: /health does not match its schema: {error}") from error
     if health.status != "ok":
         raise HandshakeError(f"reward.url={url}: the served reward {health.reward} is down; see its log", may_pass=True)
     return health

@@ -74,10 +74,9 @@ class Producer:
             while True:
                 most = len(self._again) or self.most_at_once
                 if self.waits_for_places:
-                    async with self._waiting("an engine with room for another group", 3):
+                    async with self._waiting("an engine with room for another group"):
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
-                async with self._waiting("room in the buffer, for the next step or to replace rejected groups", 4):
-                    steps = await self.buffer.reserve(most)
+                steps = await self.buffer.reserve(most)  # waits for the trainer, whose steps have a time limit
                 stream = self.rollout.generate(self._requests(steps))  # called here, so that `places` counts them
                 working.create_task(self._sample(stream, working))
 
@@ -102,11 +101,10 @@ class Producer:
         for group in groups:
             del self._open[group.id]
 
-    def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
-        """`times`: how many times a step's time limit; a step, its evaluation and its checkpoint may each take one."""
-        limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
+    def _waiting(self, what: str) -> AbstractAsyncContextManager[None]:
+        """A step, its evaluation and its checkpoint may each take a step's time limit."""
         what = f"{what} ({self.started} groups requested, {len(self._open)} of them not yet in the buffer)"
-        return waiting("the producer", what, times * self.step_timeout_seconds, limit)
+        return waiting("the producer", what, 3 * self.step_timeout_seconds, "3 x trainer.step_timeout_seconds")
 
     def _requests(self, steps: Sequence[int]) -> list[GroupRequest]:
         """Return one request for each slot."""

@@ -312,7 +312,9 @@ async def _start(
     elif data.recorded:
         evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
     trained = config.trainer
-    buffer = WaitingBuffer(trained.prompts_per_step, trained.max_staleness, config.buffer, rollout.oversample)
+    buffer = WaitingBuffer(
+        trained.prompts_per_step, trained.max_staleness, config.buffer, rollout.oversample, trained.total_steps
+    )
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
     if references_are_cached(rollout, algorithm):

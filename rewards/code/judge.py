@@ -58,7 +58,7 @@ def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: s
     if prompt:
         first = f"{first}\n{prompt}" if first else prompt
     if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
-        raise BadTests(f"the entry point is no name: {entry_point!r}")
+        raise BadTests(f"the entry point is not a name: {entry_point!r}")
     value = _from_json(value)
     if isinstance(value, Mapping):
         return _input_output(value, first)
@@ -82,7 +82,7 @@ def _setup(value: Any) -> str:
         return value
     if isinstance(value, Sequence) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
-    raise BadTests(f"the setup is neither a text nor a list of lines: {str(value)[:80]!r}")
+    raise BadTests(f"the setup is neither text nor a list of lines: {str(value)[:80]!r}")
 
 
 def _from_json(value: Any) -> Any:
@@ -111,7 +111,7 @@ def _whole_lines(value: Any) -> str:
         raise BadTests(f"inputs and outputs must be texts or lists of lines, not {str(value)[:80]!r}")
     text = "\n".join(lines)
     if text != encodable(text):
-        raise BadTests(f"an input or output is no valid text, which no program reads or prints: {text[:80]!r}")
+        raise BadTests(f"an input or output is not valid Unicode, so no program can read or print it: {text[:80]!r}")
     return text
 
 
@@ -219,7 +219,7 @@ class Judge:
         """Run code against tests. Raise BadTests or Unavailable if the tests or the sandbox do not work, TimeoutError
         if `deadline` (`time.monotonic()`) comes before the code's own deadline."""
         if code != encodable(code):
-            return Verdict(0, len(_tests_of(tests)), False, "the code is no valid text")
+            return Verdict(0, len(_tests_of(tests)), False, "the code is not valid Unicode")
         if isinstance(tests, AssertTests):
             return self._asserts(code, tests, deadline)
         if isinstance(tests, CallTests):

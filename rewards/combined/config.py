@@ -141,7 +141,8 @@ def read_part(name: str, section: Any) -> RewardPart:
     """Read a part. Raise ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped, ensemble_std are taken"
+            f"{name!r} cannot be a part's name: use letters, digits and _, starting with a letter "
+            "(unshaped and ensemble_std are reserved)"
         )
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")
@@ -158,7 +159,7 @@ def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[PartOptions]]:
     options = PartOptions if "shaping" in kind.Config.model_fields else ShapedPartOptions
     clash = sorted(options.model_fields.keys() & kind.Config.model_fields.keys())
     if clash:
-        raise PartError(f"cannot be a part: its Config has {' and '.join(clash)}, which every part has already")
+        raise PartError(f"cannot be a part: its Config has {' and '.join(clash)}, which every part already has")
     return kind, options
 
 

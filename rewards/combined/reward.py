@@ -71,11 +71,11 @@ def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> It
             "sum, logical_and or mean"
         )
     if combine.weighted and all(part.options.weight == 0 for part in parts):
-        yield "reward.parts: every part has weight 0, so every reward is 0 and nothing is learnt; give one a weight"
+        yield "reward.parts: every part has weight 0, so every reward is 0 and nothing is learnt; set one of them"
     times = update_times(parts)
     if len(set(times.values())) > 1:
         listed = ", ".join(f"{name} {when}" for name, when in times.items())
-        yield f"reward.parts: rewards that learn must do so at one moment of a step, before or after ({listed})"
+        yield f"reward.parts: rewards that learn must all do so at the same point of a step, before or after ({listed})"
 
 
 def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[RewardPart]) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[RewardPart]) -
         if isinstance(step, PROCESS_LEVELS) and not process:
             yield f"{key}: {step.kind} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
         if isinstance(step, FusingStep) and not any(part.traits.outcome_rewards for part in parts):
-            yield f"{key}: {step.kind} needs an outcome beside process rewards; shape the whole, 'reward=[math,NAME]'"
+            yield f"{key}: {step.kind} needs an outcome, too; shape the combined reward, 'reward=[math,NAME]'"
         if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning or blind):
             names = dict.fromkeys([*(part.name for part in (*process, *blind)), *learning])
             yield (

@@ -63,8 +63,8 @@ class ImplicitPRM(TrainableReward):
             messages += outcome_problems(config.outcome, config.timeout_seconds)
             if config.update != "none" and cls.traits(config).raw_scores:
                 messages.append(
-                    "reward.outcome: its raw model scores are no labels of 0 to 1, from which the implicit PRM learns; "
-                    "rewards.combined.reward.CombinedReward with it as a part and shaping [par] or [min_max] gives such"
+                    "reward.outcome: gives raw model scores, but the implicit PRM learns from labels from 0 to 1; use "
+                    "rewards.combined.reward.CombinedReward with it as a part and shaping [par] or [min_max]"
                 )
         return messages
 

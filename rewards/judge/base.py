@@ -233,8 +233,8 @@ class BaseJudge(Reward):
         wrong = complaint(probes, accepted, config.max_false_positive_rate) if accepted else ""
         if wrong and config.probe == "refuse":
             raise JudgeError(
-                f"{who} failed the probe: {wrong}; choose another judge, say more in reward.principle, or go on with "
-                "reward.probe=warn"
+                f"{who} failed the probe: {wrong}; choose another judge, make reward.principle more explicit, or "
+                "continue with reward.probe=warn"
             )
         return f"{who}: {wrong}" if wrong else ""
 

@@ -139,7 +139,7 @@ class SubgoalJudge(EpisodeJudge):
     def asks(self, prompt: Prompt, said: Sequence[Message], places: Sequence[int], empty: Collection[int]) -> Asks:
         goals = prompt.columns.get(self.config.subgoals_column)
         if not isinstance(goals, list | tuple) or not goals or not all(isinstance(goal, str) for goal in goals):
-            raise CannotJudge(f"no_subgoals: {self.config.subgoals_column} is no list of texts")
+            raise CannotJudge(f"no_subgoals: {self.config.subgoals_column} is not a list of texts")
         numbered, turn = [], 0
         for place, message in enumerate(said):
             turn += place in places

@@ -94,8 +94,8 @@ def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequ
     lost = sorted(info["missing_keys"])
     if lost:
         raise DiscriminatorError(
-            f"reward.model_path: {folder} lacks {', '.join(lost[:5])}: they would start at random, and scores would "
-            "mean nothing; name a folder with all weights"
+            f"reward.model_path: {folder} lacks {', '.join(lost[:5])}: they would be random, and the scores "
+            "meaningless; name a folder with all weights"
         )
     model = model.to(device).eval()
     scores = []
@@ -138,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DiscriminatorError(f"{path} is no JSON: {error}") from error
+        raise DiscriminatorError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DiscriminatorError(f"{path} holds no JSON object")
     return config

@@ -64,14 +64,14 @@ def convert(source: Path, target: Path, like: Path | None = None, *, weights: bo
     """
     config = read_config(source)
     if target.exists() and any(target.iterdir()):
-        raise DiscriminatorError(f"{target} is not empty; name a new or an empty folder")
+        raise DiscriminatorError(f"{target} is not empty; name a new or empty folder")
     released = config.get("architectures") == [RELEASED_ARCHITECTURE]
     if released and like is not None:
-        raise DiscriminatorError(f"like= has no effect: {source} is a released checkpoint already")
+        raise DiscriminatorError(f"like= has no effect: {source} is already a released checkpoint")
     if not released and like is None:
         architecture = (config.get("architectures") or ["(none)"])[0]
         raise DiscriminatorError(
-            f"{source} holds a {architecture}, no {RELEASED_ARCHITECTURE}; to export a converted model, name the "
+            f"{source} holds a {architecture}, not a {RELEASED_ARCHITECTURE}; to export a converted model, name the "
             "released folder that it came from: like=RELEASED"
         )
     target.mkdir(parents=True, exist_ok=True)

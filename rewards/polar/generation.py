@@ -76,13 +76,13 @@ class Generation(Section):
             except ModelFolderError as error:
                 messages.append(f"reward.generation.policies.{name}={folder}: {error}")
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                messages.append(f"reward.generation.policies.{name}: names are made of letters, digits, - _ and .")
+                messages.append(f"reward.generation.policies.{name}: names consist of letters, digits, - _ and .")
         pool = len(self.policies)
         if pool and self.policies_per_prompt > pool:
             messages.append(f"reward.generation.policies_per_prompt={self.policies_per_prompt}: the pool has {pool}")
         unknown = sorted(set(self.styles) - set(self.policies))
         if unknown:
-            messages.append(f"reward.generation.styles: {', '.join(unknown)} is no policy of the pool")
+            messages.append(f"reward.generation.styles: {', '.join(unknown)} is not in the pool")
         return messages
 
 
@@ -252,7 +252,7 @@ def sample(order: SamplingOrder) -> None:
     )
     for index, prompt in enumerate(ids):
         if len(prompt) > longest:
-            print(f"prompt {index} has {len(prompt)} tokens, the model takes {longest}: left out")
+            print(f"prompt {index} has {len(prompt)} tokens, more than the model's {longest}: left out")
             continue
         for turn in range(order.samples):
             seed = (order.seed + index * order.samples + turn) % 2**31

@@ -164,13 +164,13 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("architectures") != [RELEASED_ARCHITECTURE]:
         raise DiscriminatorError(f"config.json names {config.get('architectures')}, not {RELEASED_ARCHITECTURE}")
     if config.get("bias"):
-        raise DiscriminatorError("config.json says bias=true; only models without biases can be converted")
+        raise DiscriminatorError("config.json has bias=true; only models without biases can be converted")
     if config.get("hidden_act", "silu") != "silu":
-        raise DiscriminatorError(f"config.json says hidden_act={config['hidden_act']}; only silu can be converted")
+        raise DiscriminatorError(f"config.json has hidden_act={config['hidden_act']}; only silu can be converted")
     scaling = config.get("rope_scaling")
     if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "dynamic":
         # Dynamic scaling starts beyond max_position_embeddings, which no input reaches.
-        raise DiscriminatorError(f"config.json says rope_scaling={scaling}; only none and dynamic can be converted")
+        raise DiscriminatorError(f"config.json has rope_scaling={scaling}; only none and dynamic can be converted")
     missing = [name for name in SAME_FIELDS if name not in config and name != "initializer_range"]
     if missing:
         raise DiscriminatorError(f"config.json lacks {', '.join(missing)}")
@@ -204,7 +204,7 @@ def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple
             parts = split_wqkv(weights[name], heads, kv_heads)
             yield from ((prefix + part, tensor) for part, tensor in zip(SPLIT, parts, strict=True))
         elif not name.endswith(COMPUTED):
-            raise DiscriminatorError(f"{name} is no tensor of an {RELEASED_ARCHITECTURE}")
+            raise DiscriminatorError(f"{name} is not a tensor of an {RELEASED_ARCHITECTURE}")
 
 
 def from_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -238,7 +238,7 @@ def _check_complete(
         name for name in weights.names if (match := LAYER.fullmatch(name)) and int(match["number"]) >= layers
     )
     if beyond:
-        raise DiscriminatorError(f"{beyond[0]} is beyond the {layers} layers that config.json says")
+        raise DiscriminatorError(f"{beyond[0]} is beyond the {layers} layers in config.json")
 
 
 def split_wqkv(fused: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +301,7 @@ def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedT
         if len(ids) != 1:
             raise DiscriminatorError(f"{folder}: the tokenizer splits {marker} into {len(ids)} tokens")
         if marker == MARKER and reward_token_id is not None and ids[0] != reward_token_id:
-            raise DiscriminatorError(f"{folder}: {MARKER} is token {ids[0]}, config.json reads at {reward_token_id}")
+            raise DiscriminatorError(f"{folder}: {MARKER} is token {ids[0]}, but config.json names {reward_token_id}")
     return tokenizer
 
 
@@ -320,12 +320,12 @@ def from_sentencepiece(file: Path, added: dict[str, Any]) -> Any:
     proto = import_protobuf().ModelProto()
     proto.ParseFromString(file.read_bytes())
     if proto.trainer_spec.model_type != BPE_MODEL:
-        raise DiscriminatorError(f"{file} is no BPE model")
+        raise DiscriminatorError(f"{file} is not a BPE model")
     names = {int(index): token for index, token in added.items()}
     pieces = [names[i]["content"] if i in names else piece.piece for i, piece in enumerate(proto.pieces)]
     ids = {piece: i for i, piece in enumerate(pieces)}
     if len(ids) != len(pieces):
-        raise DiscriminatorError(f"{file}: added_tokens_decoder gives two pieces one name")
+        raise DiscriminatorError(f"{file}: added_tokens_decoder gives two pieces the same name")
     whole = {i for i, piece in enumerate(proto.pieces) if piece.type in (CONTROL, USER_DEFINED)} | set(names)
     scores = {piece: proto.pieces[i].score for i, piece in enumerate(pieces)}
     merges = generate_merges(ids, scores, skip_tokens={pieces[i] for i in whole})
@@ -365,5 +365,5 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise DiscriminatorError(f"{file} is no JSON: {error}") from error
+        raise DiscriminatorError(f"{file} is not JSON: {error}") from error
     return values

@@ -100,7 +100,7 @@ class PolarConfig(RewardConfig):
     def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"{url!r} is no address; write it like http://127.0.0.1:30000")
+                raise ValueError(f"{url!r} is not an address; write it like http://127.0.0.1:30000")
         return tuple(url.rstrip("/") for url in urls)
 
     @model_validator(mode="after")
@@ -123,7 +123,7 @@ class PolarConfig(RewardConfig):
             needed = 2 * self.max_response_length + RESERVED_TOKENS + 2
             if self.max_length < needed:
                 raise ValueError(
-                    f"max_length={self.max_length} leaves no room for the prompt beside two responses of "
+                    f"max_length={self.max_length} leaves no room for the prompt and two responses of "
                     f"max_response_length={self.max_response_length}: it must be at least {needed}"
                 )
         return self

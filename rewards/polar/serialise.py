@@ -220,7 +220,7 @@ def _encode(
     except SerialisationError as error:
         return f"serialisation: {error}"
     if len(ids) > max_length:
-        return f"too_long: {len(ids)} tokens where the discriminator takes {max_length}"
+        return f"too_long: {len(ids)} tokens, more than the discriminator's {max_length}"
     return ids
 
 

@@ -97,11 +97,11 @@ def last_number(entry: Any) -> float:
     if last is None:
         return math.nan
     if isinstance(last, bool) or not isinstance(last, int | float):
-        raise WrongAnswer(f"{str(entry)[:80]!r} where a score belongs")
+        raise WrongAnswer(f"{str(entry)[:80]!r} instead of a score")
     try:
         return float(last)
     except OverflowError as error:
-        raise WrongAnswer(f"a number of {len(str(last))} digits where a score belongs") from error
+        raise WrongAnswer(f"a number of {len(str(last))} digits instead of a score") from error
 
 
 REFUSES_INPUT = (400, 413, 422)
@@ -181,7 +181,7 @@ class ServerBackend:
                 return list(self.server.wire.scores(json_of(answer), len(inputs)))
             except WrongAnswer as error:
                 said = f"{answer.url}: HTTP 200: {excerpt(answer)}"
-                raise ServerError(f"{said}: {error} (is this the kind of server that backend names?)") from error
+                raise ServerError(f"{said}: {error} (is this the kind of server that reward.backend names?)") from error
 
         try:
             return await http.post(json_body(self.server.wire.body(inputs, self.server.model)), deadline, read)
@@ -200,7 +200,7 @@ def json_of(answer: httpx.Response) -> Any:
     try:
         return answer.json()
     except (ValueError, RecursionError) as error:  # not JSON or UTF-8, 5,000-digit numbers; deep nesting
-        raise WrongAnswer(f"no JSON ({type(error).__name__}: {error})") from error
+        raise WrongAnswer(f"not JSON ({type(error).__name__}: {error})") from error
 
 
 def chunks(sequences: Sequence[Sequence[int]], limit: int) -> list[list[Sequence[int]]]:

@@ -26,7 +26,7 @@ def check_classifier(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ClassifierError(f"reward.model_path: {path} is no JSON: {error}") from error
+        raise ClassifierError(f"reward.model_path: {path} is not JSON: {error}") from error
     (architecture, *_) = config.get("architectures") or ["(none)"]
     if not architecture.endswith("ForSequenceClassification"):
         raise ClassifierError(
@@ -102,9 +102,9 @@ class Encoder:
         """Encode one input; raise Unreadable if the template refuses it or it exceeds `max_length`."""
         encoded = self._encode(messages, without(encodable(response), self._special))
         if len(encoded.ids) > self.max_length:
-            raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
+            raise Unreadable(f"too_long: {len(encoded.ids)} tokens, more than the preference model's {self.max_length}")
         if not encoded.ids:
-            raise Unreadable("empty: prompt and response have no token")
+            raise Unreadable("empty: prompt and response have no tokens")
         return encoded
 
     def _encode(self, messages: Sequence[Message], response: str) -> Encoded:
@@ -156,6 +156,6 @@ def _check_saved_tokenizer(tokenizer: Any, folder: Path) -> None:
     expected = Tokenizer.from_file(str(saved)).encode(_PROBE, add_special_tokens=False).ids
     if tokenizer.encode(_PROBE, add_special_tokens=False) != expected:
         raise ClassifierError(
-            f"{folder}: transformers chose {type(tokenizer).__name__} for this model_type; it splits text otherwise "
-            "than the saved tokenizer.json, with which the model was trained: change model_type in config.json"
+            f"{folder}: transformers chose {type(tokenizer).__name__} for this model_type; it splits text differently "
+            "from the saved tokenizer.json, which the model was trained with: change model_type in config.json"
         )

@@ -108,8 +108,8 @@ def load_scorer(
     lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lost:
         raise ClassifierError(
-            f"reward.model_path: {folder} lacks {', '.join(lost[:5])}: they would start at random, and scores would "
-            "mean nothing; name a folder with a trained head"
+            f"reward.model_path: {folder} lacks {', '.join(lost[:5])}: they would be random, and the scores "
+            "meaningless; name a folder with a trained head"
         )
     config = model.config.get_text_config()
     if config.pad_token_id is None:

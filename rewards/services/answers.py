@@ -47,7 +47,7 @@ def json_object(answer: str) -> dict[str, Any]:
 def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        raise Unparsable("the answer has a key twice")
+        raise Unparsable("the answer has a duplicate key")
     return content
 
 

@@ -34,9 +34,9 @@ class Budget:
     def take_call(self) -> None:
         """Count a call before it is sent; raise CallFailed if nothing is left."""
         if self.max_calls is not None and self.calls >= self.max_calls:
-            raise CallFailed(f"budget: all {self.max_calls} calls are made (reward.max_calls)")
+            raise CallFailed(f"budget: all {self.max_calls} calls have been made (reward.max_calls)")
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
-            raise CallFailed(f"budget: {self.tokens} of {self.max_tokens} tokens are used (reward.max_tokens)")
+            raise CallFailed(f"budget: {self.tokens} of {self.max_tokens} tokens have been used (reward.max_tokens)")
         self.calls += 1
 
     def count(self, usage: Any) -> None:
@@ -45,7 +45,7 @@ class Budget:
         if isinstance(tokens, int):
             self.tokens += tokens
         elif self.max_tokens is not None:
-            raise CallFailed("budget: the server does not tell its usage; limit reward.max_calls instead")
+            raise CallFailed("budget: the server does not report its usage; limit reward.max_calls instead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class ChatClient:
 
 def _reason(error: HttpError) -> str:
     if isinstance(error, OutOfTimeError):
-        late = "timeout: the scoring call's time was over before the judge answered"
+        late = "timeout: the scoring call's time ran out before the judge answered"
         return _reason(error.last) if error.last else late
     if isinstance(error, TransientError) and error.timed_out:
         return f"timeout: the judge gave {error.problem}"

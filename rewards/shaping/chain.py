@@ -178,12 +178,12 @@ class Chain:
     ) -> GroupScores:
         samples = list(scores.samples)
         if not isinstance(values, str) and np.shape(values) != (len(indices),):
-            raise ValueError(f"{step.kind} made values of shape {np.shape(values)} of {len(indices)} values")
+            raise ValueError(f"{step.kind} made values of shape {np.shape(values)} from {len(indices)} values")
         for n, i in enumerate(indices):
             if isinstance(values, str):
                 samples[i] = Score.invalid(f"no_reference_reward: {self._owner}: {values}", samples[i].trace)
             elif not np.isfinite(values[n]):
-                reason = f"not_finite: {self._owner}: {step.kind} made {values[n]} of {samples[i].value}"
+                reason = f"not_finite: {self._owner}: {step.kind} made {values[n]} from {samples[i].value}"
                 samples[i] = Score.invalid(reason, samples[i].trace)
             else:
                 samples[i] = replace(samples[i], value=float(values[n]))
@@ -235,7 +235,7 @@ def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep | Fusi
         score = replace(score, span_rewards=whole, token_rewards=None)
     outcome = score.value
     if isinstance(step, FusingStep) and outcome is None:
-        return Score.invalid(f"no_value: {step.kind} needs an outcome beside the process rewards", score.trace)
+        return Score.invalid(f"no_value: {step.kind} needs an outcome as well as the process rewards", score.trace)
 
     def shaped(values: Float64) -> Float64:
         return step.apply(values) if isinstance(step, ProcessStep) else step.apply(values, outcome or 0.0)

@@ -389,8 +389,8 @@ def parse_steps(value: Any) -> tuple[Step, ...]:
             raise ValueError(f"step {number}: {step.kind} must be a subclass of one of {levels} ({Step.__module__})")
         if isinstance(step, ReferenceStep) and rescaling is not None:
             raise ValueError(
-                f"step {number} ({step.kind}) compares with reference rewards, which {rescaling.kind} before it would "
-                f"not have changed; put {step.kind} first (only length_penalty and overlong may precede it)"
+                f"step {number} ({step.kind}) compares with reference rewards, which {rescaling.kind} before it does "
+                f"not change; put {step.kind} first (only length_penalty and overlong may precede it)"
             )
         if rescaling is None and not isinstance(step, PROCESS_LEVELS) and not step.keeps_scale:
             rescaling = step

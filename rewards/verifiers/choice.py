@@ -188,7 +188,7 @@ def _options(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]
         labels, texts = [], []
     if not 2 <= len(texts) == len(labels) or not all(isinstance(label, str) and len(label) == 1 for label in labels):
         raise CannotJudgeError(
-            f"bad_column: column {column!r} holds no list of 2 to 26 options with labels of one letter"
+            f"bad_column: column {column!r} does not hold a list of 2 to 26 options with one-letter labels"
         )
     return tuple(labels), tuple(str(text) for text in texts)
 

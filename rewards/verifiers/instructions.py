@@ -129,7 +129,7 @@ def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
 def letter_frequency(text: str, *, letter: str, let_frequency: float, let_relation: str) -> bool:
     """How often a letter or sign occurs, in upper or lower case."""
     if len(letter) != 1:
-        raise ValueError(f"letter must be one sign, not {letter!r}")
+        raise ValueError(f"letter must be one character, not {letter!r}")
     return compare(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
@@ -284,10 +284,10 @@ class Instructions(TextRule):
             names, arguments = (column_value(prompt, column) for column in (config.id_column, config.kwargs_column))
             if not _is_list(names) or not _is_list(arguments) or len(names) != len(arguments):
                 both = f"{config.id_column!r} and {config.kwargs_column!r}"
-                raise CannotJudgeError(f"bad_column: columns {both} hold no two lists of one length")
+                raise CannotJudgeError(f"bad_column: columns {both} do not hold two lists of equal length")
             constraints += [_constraint(name, kwargs) for name, kwargs in zip(names, arguments, strict=True)]
         if not constraints:
-            raise CannotJudgeError("no_instructions: the prompt has no constraint to check")
+            raise CannotJudgeError("no_instructions: the prompt has no constraints to check")
         return tuple(constraints)
 
     @staticmethod
@@ -316,7 +316,7 @@ def _constraint(name: Any, kwargs: Any) -> Constraint:
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONSTRAINTS)}"
         raise CannotJudgeError(f"bad_instruction: there is no constraint {name!r:.80}; {known}")
     if not isinstance(kwargs, Mapping):
-        raise CannotJudgeError(f"bad_instruction: the arguments of {name} are no object")
+        raise CannotJudgeError(f"bad_instruction: the arguments of {name} are not an object")
     arguments = {key: value for key, value in kwargs.items() if value is not None}
     parameters = {
         key: parameter.annotation

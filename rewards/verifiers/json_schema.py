@@ -79,7 +79,7 @@ class JsonSchema(TextRule):
         try:
             fault = next(validator.iter_errors(value[0]), None)
         except Unresolvable as error:  # the schema's fault, not the response's
-            raise CannotJudgeError(f"bad_schema: a reference leads nowhere: {str(error)[:200]}") from error
+            raise CannotJudgeError(f"bad_schema: a reference cannot be resolved: {str(error)[:200]}") from error
         if fault is None:
             return Score(1.0, components={"json": 1.0, "valid": 1.0}, trace="allowed by the schema")
         trace = f"at {fault.json_path}: {fault.message[:300]}"
@@ -126,7 +126,7 @@ def _validator(schema_text: str) -> Any:
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        raise CannotJudgeError(f"bad_schema: is no JSON schema: {error.message[:200]}") from error
+        raise CannotJudgeError(f"bad_schema: not a JSON schema: {error.message[:200]}") from error
     return kind(schema, registry=REGISTRY)  # without a registry, it would fetch remote references
 
 
@@ -136,7 +136,7 @@ def _schema_of_file(path: Path) -> Any:
     except OSError as error:
         raise CannotJudgeError(f"no_schema: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CannotJudgeError(f"bad_schema: is not JSON: {error}") from error
+        raise CannotJudgeError(f"bad_schema: not JSON: {error}") from error
     _validator(json.dumps(schema))
     return schema
 
@@ -144,7 +144,7 @@ def _schema_of_file(path: Path) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("an object has a duplicate name")
     return members
 
 
@@ -154,4 +154,4 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -82,7 +82,7 @@ class RegexMatch(TextRule):
         @model_validator(mode="after")
         def _one_source(self) -> RegexMatch.Config:
             if (self.pattern is None) == (self.pattern_column is None):
-                raise ValueError("set reward.pattern or reward.pattern_column, one of them")
+                raise ValueError("set either reward.pattern or reward.pattern_column")
             return self
 
     @classmethod
@@ -97,7 +97,7 @@ class RegexMatch(TextRule):
             try:
                 re.compile(config.pattern.replace(_GOLD, "0"))
             except re.error as error:
-                messages.append(f"reward.pattern={config.pattern!r} is not a pattern of Python's re: {error}")
+                messages.append(f"reward.pattern={config.pattern!r} is not a regular expression: {error}")
         return messages
 
     def task(self, prompt: Prompt) -> str:
@@ -108,7 +108,7 @@ class RegexMatch(TextRule):
                 raise CannotJudgeError(f"no_column: the prompt has no pattern in column {self.config.pattern_column!r}")
         if _GOLD in pattern:
             if prompt.answer is None:
-                raise CannotJudgeError("no_gold: the pattern names the gold answer, and the prompt has none")
+                raise CannotJudgeError("no_gold: the pattern refers to the gold answer, but the prompt has none")
             pattern = pattern.replace(_GOLD, re.escape(gold_answer(prompt.answer)))
         try:
             re.compile(pattern)
@@ -184,16 +184,16 @@ class TagFormat(TextRule):
         once = sum(count == 1 for count in counts.values()) / len(marks)
         fault = _fault(full, marks, counts, config)
         components = {"layout": float(not fault), "tag_count": once}
-        return Score(components[config.grade], components=components, trace=fault or "laid out as asked")
+        return Score(components[config.grade], components=components, trace=fault or "the layout is as required")
 
 
 def _fault(text: str, marks: list[str], counts: dict[str, int], config: Any) -> str:
     for mark, count in counts.items():
         if count != 1:
-            return f"{mark} stands {count} times"
+            return f"{mark} occurs {count} times"
     starts = [text.index(mark) for mark in marks]
     if starts != sorted(starts):
-        return f"the tags come in another order than {', '.join(config.tags)}"
+        return f"the tags are not in the order {', '.join(config.tags)}"
     outside = [text[: starts[0]], text[starts[-1] + len(marks[-1]) :]]
     outside += [text[starts[i] + len(marks[i]) : starts[i + 1]] for i in range(1, len(marks) - 1, 2)]
     stray = next((part for part in outside if part.strip()), None)

@@ -157,7 +157,7 @@ class MathReward(Reward):
         return [
             f"{len(prose) / len(golds):.0%} of the gold answers are prose, for example {shown!r} (prompt {prompt.id}): "
             "the rule reward compares them word for word, so hardly any response is right. Name a column with short "
-            "answers (data.answer_column), or choose a reward that reads (reward=judge, reward=polar)"
+            "answers (data.answer_column), or choose a reward that understands prose (reward=judge, reward=polar)"
         ]
 
     @classmethod

@@ -37,7 +37,7 @@ def read_call(value: Any) -> ToolCall:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"the arguments of {value['name'][:50]} are no object")
+        raise ValueError(f"the arguments of {value['name'][:50]} are not an object")
     return ToolCall(value["name"], {str(key): canonical(argument) for key, argument in arguments.items()})
 
 

@@ -17,6 +17,7 @@ judged, the step takes those requested first and drops the others.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,47 @@ def with_surplus(groups: int, oversample: float) -> int:
     return math.ceil(groups * oversample - 1e-9)  # 10 x 1.1 is 11, whatever floating point says
 
 
+@dataclass
+class _Judged:
+    """What the filters have made of a step's groups so far."""
+
+    groups: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """By rule."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    """Of those rejected."""
+
+    @property
+    def share(self) -> float:
+        return self.rejected.total() / self.groups
+
+    def failure(self, max_rejected_share: float) -> TooManyRejectedError:
+        """Return the error that says why too many were rejected."""
+        rejected = self.rejected.total()
+        most, count = self.verdicts.most_common(1)[0]
+        rules = ", ".join(f"buffer.{rule}: {times}" for rule, times in self.rejected.most_common())
+        counted = (
+            f"{rejected} of {self.groups} groups of one step were rejected ({rules}), more than "
+            f"buffer.max_rejected_share={max_rejected_share:g}: "
+        )
+        explained = most if count >= NEARLY_ALL * rejected else "mixed"
+        if explained == "all_right":
+            return DataSolvedError(
+                f"the data are solved: {counted}in {count} of them every response is right, so nothing is left to "
+                "learn from these problems"
+            )
+        if explained == "all_wrong":
+            return TooManyRejectedError(
+                f"{counted}in {count} of them every response is wrong, so nothing can be learnt: use easier problems, "
+                "start from a better policy (python -m rlkit.sft), or check whether the reward can read the answers: "
+                "without the filter (buffer.drop_equal_rewards=false, ...) samples.jsonl shows them"
+            )
+        seen = ", ".join(f"{kind.replace('_', ' ')}: {times}" for kind, times in sorted(self.verdicts.items()))
+        return TooManyRejectedError(
+            f"{counted}the problems are too easy or too hard for this policy ({seen}), or a bound is wrong"
+        )
+
+
 class ExperienceBuffer:
     def __init__(
         self,
@@ -64,11 +106,13 @@ class ExperienceBuffer:
         rejected_by: GroupFilter,
         max_rejected_share: float,
         oversample: float = 1.0,
+        last_step: int = sys.maxsize,
     ) -> None:
-        """`oversample` may exceed 1 only if `max_staleness` is 0."""
+        """`oversample` may exceed 1 only if `max_staleness` is 0. Nothing is sampled for steps after `last_step`."""
         self.groups_per_step = groups_per_step
         self.max_staleness = max_staleness
         self.oversample = oversample
+        self.last_step = last_step
         self._rejected_by = rejected_by
         self._max_rejected_share = max_rejected_share
         self._ready: defaultdict[int, list[Group]] = defaultdict(list)
@@ -80,8 +124,10 @@ class ExperienceBuffer:
         """The last step that the learner took."""
         self._rejected: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
-        self._judged_this_step = 0
-        self._rejected_this_step: Counter[str] = Counter()
+        self._judged: defaultdict[int, _Judged] = defaultdict(_Judged)
+        """By step, from the next one on."""
+        self._failures: dict[int, TooManyRejectedError] = {}
+        """By step, for which nothing more is sampled."""
         self._surplus = 0
         self._untrained: list[Group] = []
         """Groups rejected or dropped as surplus since the last `take_rejected`."""
@@ -91,7 +137,10 @@ class ExperienceBuffer:
     def reserve(self, limit: int) -> list[int]:
         """Return the steps of the groups, at most `limit`, that a producer may start now; they are then in flight."""
         places: list[int] = []
-        for step in range(max(self._version, self._taken_step) + 1, self._version + self.max_staleness + 2):
+        last = min(self._version + self.max_staleness + 1, self.last_step)
+        for step in range(max(self._version, self._taken_step) + 1, last + 1):
+            if step in self._failures:
+                break
             lacking = self.groups_per_step - len(self._ready[step]) - self._in_flight[step]
             count = max(0, min(limit - len(places), with_surplus(lacking, self.oversample)))
             self._in_flight[step] += count
@@ -101,33 +150,40 @@ class ExperienceBuffer:
     def add(self, group: Group) -> bool:
         """Hand in a scored group, whose step is that of its slot. Returns False if a filter rejects it.
 
-        Raises TooManyRejectedError when the filters reject more than the configured share of this step's groups
-        (checked only after twice the number of groups needed, so that one unlucky draw does not end a run).
+        When the filters reject more than the configured share of a step's groups, `take` raises (checked only after
+        twice the number of groups needed, so that one unlucky draw does not end a run).
         """
         if not self._in_flight[group.step]:
             raise ValueError(f"group {group.id} was handed in for step {group.step}, which has none in flight")
         self._in_flight[group.step] -= 1
-        self._judged_this_step += 1
+        judged = self._judged[group.step]
+        judged.groups += 1
         rule = self._rejected_by(group)
         if rule is not None:
             self._rejected[rule] += 1
-            self._rejected_this_step[rule] += 1
             self._verdicts[verdict(group)] += 1
+            judged.rejected[rule] += 1
+            judged.verdicts[verdict(group)] += 1
             self._untrained.append(group)
-            self._check_rejections()
+            if judged.groups >= 2 * self.groups_per_step and judged.share > self._max_rejected_share:
+                self._failures[group.step] = judged.failure(self._max_rejected_share)
             return False
         self._ready[group.step].append(group)
         return True
 
     def take(self) -> list[Group] | None:
-        """Return the next step's groups in the order requested, not in order of scoring; None if some are missing."""
+        """Return the next step's groups in the order requested, not in order of scoring; None if some are missing.
+
+        Raises TooManyRejectedError when the filters have rejected too many of them. Earlier steps are trained before.
+        """
         step = self._version + 1
+        if step in self._failures:
+            raise self._failures[step]
         if len(self._ready[step]) < self.groups_per_step or (self.oversample > 1 and self._in_flight[step]):
             return None
         ready = sorted(self._ready.pop(step), key=lambda group: group.id)
         taken, surplus = ready[: self.groups_per_step], ready[self.groups_per_step :]
-        self._judged_this_step = 0
-        self._rejected_this_step.clear()
+        self._judged.pop(step, None)
         self._surplus += len(surplus)
         self._untrained += surplus
         self._taken_step = step
@@ -194,31 +250,3 @@ class ExperienceBuffer:
         self._verdicts = Counter(state.get("verdicts", {}))  # checkpoints before 0.3 have none
         self._surplus = state.get("surplus", 0)
         self._in_flight.clear()
-
-    def _check_rejections(self) -> None:
-        rejected, judged = self._rejected_this_step.total(), self._judged_this_step
-        if judged < 2 * self.groups_per_step or rejected <= self._max_rejected_share * judged:
-            return
-        verdicts = Counter(verdict(group) for group in self._untrained)
-        share, most = max((count / rejected, kind) for kind, count in verdicts.items())
-        explained = most if share >= NEARLY_ALL else "mixed"
-        rules = ", ".join(f"buffer.{rule}: {count}" for rule, count in self._rejected_this_step.most_common())
-        counted = (
-            f"{rejected} of {judged} groups of one step were rejected ({rules}), more than "
-            f"buffer.max_rejected_share={self._max_rejected_share:g}: "
-        )
-        if explained == "all_right":
-            raise DataSolvedError(
-                f"the data are solved: {counted}in {verdicts['all_right']} of them every response is right, so nothing "
-                "is left to learn from these problems"
-            )
-        if explained == "all_wrong":
-            raise TooManyRejectedError(
-                f"{counted}in {verdicts['all_wrong']} of them every response is wrong, so nothing can be learnt: use "
-                "easier problems, start from a better policy (python -m rlkit.sft), or check whether the reward can "
-                "read the answers: without the filter (buffer.drop_equal_rewards=false, ...) samples.jsonl shows them"
-            )
-        seen = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in sorted(verdicts.items()))
-        raise TooManyRejectedError(
-            f"{counted}the problems are too easy or too hard for this policy ({seen}), or a bound is wrong"
-        )

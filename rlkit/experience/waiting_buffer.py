@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlkit.experience.buffer import BufferStats, ExperienceBuffer, TooManyRejectedError
+from rlkit.experience.buffer import BufferStats, ExperienceBuffer
 from rlkit.experience.filters import BufferConfig, make_filter, masked
 from rlkit.experience.types import Group
 
@@ -14,13 +15,19 @@ from rlkit.experience.types import Group
 class WaitingBuffer:
     """`reserve` and `take` wait on a condition until they can answer."""
 
-    def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig, oversample: float = 1.0) -> None:
+    def __init__(
+        self,
+        groups_per_step: int,
+        max_staleness: int,
+        config: BufferConfig,
+        oversample: float = 1.0,
+        last_step: int = sys.maxsize,
+    ) -> None:
         self.buffer = ExperienceBuffer(
-            groups_per_step, max_staleness, make_filter(config), config.max_rejected_share, oversample
+            groups_per_step, max_staleness, make_filter(config), config.max_rejected_share, oversample, last_step
         )
         self.masks_truncated = config.truncated == "mask"
         self.changed = asyncio.Condition()
-        self.failure: TooManyRejectedError | None = None
         self.ended = False
 
     @property
@@ -42,23 +49,16 @@ class WaitingBuffer:
         return self.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
     async def add(self, groups: Sequence[Group]) -> None:
-        """Hand in scored groups. Raises TooManyRejectedError."""
+        """Hand in scored groups."""
         async with self.changed:
-            try:
-                for group in groups:
-                    self.buffer.add(masked(group) if self.masks_truncated else group)
-            except TooManyRejectedError as error:
-                self.failure = error  # a waiting `take` must raise it, too
-                raise
-            finally:
-                self.changed.notify_all()
+            for group in groups:
+                self.buffer.add(masked(group) if self.masks_truncated else group)
+            self.changed.notify_all()
 
     async def take(self) -> list[Group]:
         """Wait for and return the groups of the next step. Raises TooManyRejectedError."""
         async with self.changed:
             while self.ended or (groups := self.buffer.take()) is None:
-                if self.failure is not None:
-                    raise self.failure
                 await self.changed.wait()
             return groups
 

@@ -118,6 +118,11 @@ class Sampler:
         return bool(self._finished or self.engine.has_unfinished_requests())
 
     @property
+    def _scheduler(self) -> Any:
+        core: Any = self.engine.engine_core
+        return core.engine_core.scheduler
+
+    @property
     def affords_seeds(self) -> bool:
         """Whether a seed per request costs little."""
         return self.device == "cpu" or draws_all_at_once(self.engine)
@@ -183,6 +188,10 @@ class Sampler:
         self.engine.set_weight_version(str(version))
         self._loads += 1
         if self.config.cache_after_update == "keep":
+            for request in self._scheduler.waiting:  # it begins with the new weights
+                request.cache_salt = str(self._loads)
+                request.block_hashes.clear()
+                request.update_block_hashes()
             return
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM refused to reset its prefix cache")
@@ -195,7 +204,7 @@ class Sampler:
         """
         from vllm import SamplingParams
 
-        scheduler: Any = self.engine.engine_core.engine_core.scheduler
+        scheduler = self._scheduler
         for i, token_ids in enumerate(sequences):
             parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
             self._request(f"canary-{i}", token_ids, parameters, salt="canary-")

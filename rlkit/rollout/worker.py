@@ -241,7 +241,8 @@ class RolloutWorker:
     async def _run_engine(self) -> None:
         try:
             while self.open:
-                await self.going.wait()
+                while not self.going.is_set():  # it may be cleared again before this task runs
+                    await self.going.wait()
                 groups, turns = await self._in_thread(self._step)
                 self.progress.set()
                 for group, queue in groups:
@@ -323,7 +324,8 @@ class RolloutWorker:
         await self._in_thread(lambda: self.sampler.wake("weights"))
 
     async def _park(self) -> None:
-        """Wait until the turns that the engine is sampling are done; no other begins."""
+        """Wait until the turns that the engine is sampling are done; no other begins before `admit`."""
+        await self._in_thread(lambda: None)  # those of the last `admit` begin first
         self.parked = True
         await self._in_thread(lambda: None)  # after the step that may be adding some
         waiting = {request.id for request in self.asked}
@@ -382,18 +384,18 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded, idle, frozen)
 
     async def admit(self) -> None:
-        """Hand over what is sampled, as the receipt was accepted. Nobody waits for this call."""
+        """Hand over what is sampled and begin parked turns, as the receipt was accepted. Nobody waits for this call."""
         self.accepted.set()
+        if self.parked:
+            self.parked = False
+            await self._in_thread(self._begin_turns)
+            self.work.set()
 
     async def _go_on(self) -> None:
-        parked, self.parked = self.parked, False
         self.going.set()
         async with self.admission:
             self.closed = False
             self.admission.notify_all()
-        if parked:
-            await self._in_thread(self._begin_turns)  # before they can be parked again
-            self.work.set()
 
     async def load_weights(self, bundle: WeightBundle, canary: Canary) -> WeightReceipt:
         """`prepare`, `take` and `confirm` in one call."""

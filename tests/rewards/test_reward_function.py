@@ -134,7 +134,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ("no_such_module.words", "there is no module no_such_module"),
         ("words", "must be a dotted path, like my_module.my_function"),
         ("reward_functions.NOT_A_FUNCTION", "is a int, not a function"),
-        ("reward_functions.Judge", "is a class; a Reward class is named by reward._target_=reward_functions.Judge"),
+        ("reward_functions.Judge", "is a class; name a Reward class with reward._target_=reward_functions.Judge"),
         ("reward_functions.by_position", "takes completions by position only"),
         ("reward_functions.no_completions", "has no argument `completions`"),
     ],

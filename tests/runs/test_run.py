@@ -300,12 +300,16 @@ def test_filters_that_reject_everything_stop_the_run_and_say_which(start: Start)
 
 @pytest.mark.slow
 def test_asynchronous_training_stays_within_its_staleness(start: Start) -> None:
-    run = start("trainer.max_staleness=1", "trainer.total_steps=6")
+    run = start("trainer.max_staleness=2", "trainer.total_steps=6", "tracking.sample_groups_per_step=null")
     assert run.end() == 0, run.text
     assert len(steps_of(run)) == 6
-    ages = [row["step"] - 1 - row["policy_versions"][0] for row in run.records("samples")]
-    assert set(ages) <= {0, 1}
-    assert 1 in ages, "nothing was sampled ahead"
+    rows = run.records("samples")
+    n = len({row["group_id"] for row in rows}) // 6
+    assert {(row["step"], row["group_id"]) for row in rows} == {(i // n + 1, f"{i:08d}") for i in range(6 * n)}
+    ages = [row["step"] - 1 - row["policy_versions"][0] for row in rows]
+    assert set(ages) <= {0, 1, 2}
+    assert 2 in ages, "nothing was sampled ahead"
+    assert any(len(row["version_spans"]) > 1 for row in rows), "no response lived through new weights"
     for record in steps_of(run):
         assert record["weights/canary_difference"] < 1e-3
 

@@ -69,7 +69,7 @@ class SandboxFusion(Isolation):
         except TimeoutError as error:
             raise Unavailable(f"{self._url} did not answer in time") from error
         if printed.stdout.strip() != b"42" or tested.results != ([0, "passed", ""],):
-            raise Unavailable(f"{self._url} runs code, but not rightly: {printed} {tested}")
+            raise Unavailable(f"{self._url} runs code, but gets wrong results: {printed} {tested}")
 
     def close(self) -> None:
         if self._client is not None:

@@ -156,7 +156,7 @@ class OpenEnv(Environment):
         try:
             fields = json.loads(text[begin : end + 1]) if begin >= 0 else None
         except ValueError as error:
-            raise ValueError(f"this is no JSON: {error}") from None
+            raise ValueError(f"this is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"say a JSON object with {', '.join(server.fields)}")
         return fields

@@ -198,7 +198,7 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
         ),
         (
             ["reward=[combination_rewards.Weighty]"],
-            "cannot be a part: its Config has weight, which every part has already",
+            "cannot be a part: its Config has weight, which every part already has",
         ),
         (["reward=[combination_rewards.Answered]"], "CombinedReward needs rubric with every prompt"),
     ],

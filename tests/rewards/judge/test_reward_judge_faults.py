@@ -173,7 +173,7 @@ def test_tokens_are_counted(server: JudgeServer) -> None:
     reward = started(server, max_tokens=250, max_concurrent=1)  # 100 tokens a call
     found = score(reward, *(f"{RIGHT} {i}" for i in range(4)))
     assert len(server.asked) == 2
-    assert sum(sample.reason == "budget: 300 of 250 tokens are used (reward.max_tokens)" for sample in found) == 2
+    assert sum(sample.reason == "budget: 300 of 250 tokens have been used (reward.max_tokens)" for sample in found) == 2
 
 
 def test_a_token_budget_needs_a_server_that_counts(server: JudgeServer) -> None:

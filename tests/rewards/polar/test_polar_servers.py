@@ -111,7 +111,7 @@ def test_a_score_is_the_last_number(entry: Any) -> None:
 def test_null_is_not_a_number_and_text_is_refused() -> None:
     assert np.isnan(last_number([None]))
     for entry in ("7", [], True, {}):
-        with pytest.raises(WrongAnswer, match="where a score belongs"):
+        with pytest.raises(WrongAnswer, match="instead of a score"):
             last_number(entry)
 
 

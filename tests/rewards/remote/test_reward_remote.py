@@ -247,9 +247,9 @@ def test_what_is_wrong_is_found_before_the_run(rule: Server, tmp_path: Path, mon
     assert "must be http://HOST:PORT" in problems(tmp_path, "reward.url=localhost:8000")
     assert "a secret belongs into the variable" in problems(tmp_path, "reward.url=http://me:secret@localhost:1")
     assert "no reward server answers there" in problems(tmp_path, "reward.url=http://127.0.0.1:9")
-    assert "wants a token" in problems(tmp_path, url)
+    assert "needs a token" in problems(tmp_path, url)
     monkeypatch.setenv("ANOTHER", "wrong")
-    assert "wants a token" in problems(tmp_path, url, "reward.token_env=ANOTHER")
+    assert "needs a token" in problems(tmp_path, url, "reward.token_env=ANOTHER")
     assert "has no NOT_SET" in problems(tmp_path, url, "reward.token_env=NOT_SET")
     remote._remembered.clear()
     run = f"run_dir={tmp_path / 'run'}"

@@ -152,7 +152,7 @@ def test_process_rewards_by_the_outcome(step: dict[str, Any], text: str, expecte
     assert [span.value for span in scored.span_rewards] == pytest.approx(expected, abs=1e-6)
     assert scored.value == float(text.split()[0])
     (alone,) = score(combined({"a": SPANS}, shaping=[step]), text)
-    assert alone.reason == f"no_value: {step['kind']} needs an outcome beside the process rewards"
+    assert alone.reason == f"no_value: {step['kind']} needs an outcome as well as the process rewards"
 
 
 def test_process_steps_pass_over_tokens_that_are_not_trained() -> None:

@@ -108,7 +108,7 @@ def test_one_schema_for_all(tmp_path: Path) -> None:
     path.write_text("{")
     assert "is not JSON" in JsonSchema.check(config)[0]
     path.write_text('{"type": "strin"}')
-    assert "is no JSON schema" in JsonSchema.check(config)[0]
+    assert "not a JSON schema" in JsonSchema.check(config)[0]
     path.unlink()
     assert "cannot be read" in JsonSchema.check(config)[0]
 

@@ -44,8 +44,11 @@ def test_too_many_rejections_name_the_rule_and_the_share() -> None:
         buffer.reserve(1)
         assert buffer.add(make_group(name, *rewards)) is False  # three of three, but too few to judge by
     buffer.reserve(1)
+    assert buffer.take() is None
+    buffer.add(make_group("d", 0, 0))
+    assert buffer.reserve(1) == []
     with pytest.raises(TooManyRejectedError) as caught:
-        buffer.add(make_group("d", 0, 0))
+        buffer.take()
     message = str(caught.value)
     assert "4 of 4 groups" in message
     assert "buffer.drop_equal_rewards: 3" in message
@@ -54,18 +57,22 @@ def test_too_many_rejections_name_the_rule_and_the_share() -> None:
 
 
 def test_solved_data_are_a_good_end_and_hopeless_ones_an_error_that_says_so() -> None:
-    options: dict[str, Any] = {"groups_per_step": 10, "drop_equal_rewards": True, "max_rejected_share": 0.8}
+    def all_rejected(*groups: tuple[float, ...]) -> None:
+        buffer = make_buffer(groups_per_step=10, drop_equal_rewards=True, max_rejected_share=0.8)
+        reject(buffer, *groups)
+        buffer.take()
+
     with pytest.raises(DataSolvedError, match=r"the data are solved: .* in 20 of them every response is right"):
-        reject(make_buffer(**options), *[(1, 1)] * 20)
+        all_rejected(*[(1, 1)] * 20)
     with pytest.raises(DataSolvedError, match="in 19 of them"):
-        reject(make_buffer(**options), (0, 0), *[(1, 1)] * 19)
+        all_rejected((0, 0), *[(1, 1)] * 19)
     with pytest.raises(
         TooManyRejectedError, match="in 20 of them every response is wrong, so nothing can be"
     ) as caught:
-        reject(make_buffer(**options), *[(0, 0)] * 20)
+        all_rejected(*[(0, 0)] * 20)
     assert not isinstance(caught.value, DataSolvedError)
     with pytest.raises(TooManyRejectedError, match=r"\(all right: 10, all wrong: 10\)") as caught:
-        reject(make_buffer(**options), *[(0, 0), (1, 1)] * 10)
+        all_rejected(*[(0, 0), (1, 1)] * 10)
     assert not isinstance(caught.value, DataSolvedError)
 
 
@@ -93,3 +100,21 @@ def test_rejections_are_judged_per_step() -> None:
             buffer.add(make_group(f"{step}", *rewards, version=step, step=step + 1))
         assert buffer.take() is not None
         buffer.advance(step + 1)
+
+
+def test_steps_before_the_one_that_cannot_be_filled_are_trained() -> None:
+    """Groups of several steps are sampled at a time; each step's rejections count for themselves."""
+    buffer = make_buffer(groups_per_step=2, max_staleness=2, drop_equal_rewards=True, max_rejected_share=0.7)
+    assert buffer.reserve(9) == [1, 1, 2, 2, 3, 3]
+    rejected = ((1, 1), (0, 0), (2, 2), (1, 1))
+    for i, rewards in enumerate(rejected):  # all of step 2
+        buffer.add(make_group(f"a{i}", *rewards, step=2))
+        assert buffer.reserve(1) == ([2] if i < 3 else [])
+    for name, step in (("b0", 3), ("b1", 1), ("b2", 1)):
+        buffer.add(make_group(name, 0, 1, step=step))
+    taken = buffer.take()
+    assert taken is not None and [group.id for group in taken] == ["b1", "b2"]
+    buffer.advance(1)
+    assert buffer.reserve(9) == [], "for steps that are never reached"
+    with pytest.raises(TooManyRejectedError, match="4 of 4 groups of one step"):
+        buffer.take()

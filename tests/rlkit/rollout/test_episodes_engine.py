@@ -260,7 +260,9 @@ def test_an_engine_that_dies_while_it_is_parked_loses_nothing(ray_session: None,
         while not (await worker.is_parked.remote())[0]:
             await asyncio.sleep(0.01)
         await worker.prepare.remote()
-        assert await worker.is_parked.remote() == (4, True)
+        await worker.take.remote(WeightBundle.pack(1, learner.named_weights()))
+        await worker.confirm.remote(canary)
+        assert await worker.is_parked.remote() == (4, True), "a turn began before the pool accepted the weights"
         os.kill(pid, signal.SIGKILL)
         await publish(pool, 1)
         return undisturbed, await sampling

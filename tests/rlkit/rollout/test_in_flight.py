@@ -82,8 +82,8 @@ def requests(count: int = 4, length: int = 20) -> list[GroupRequest]:
     ]
 
 
-async def sampled(pool: RolloutPool, count: int = 4) -> list[Group]:
-    groups = [group async for ref in pool.generate(requests(count)) for group in await ref]
+async def sampled(pool: RolloutPool, count: int = 4, length: int = 20) -> list[Group]:
+    groups = [group async for ref in pool.generate(requests(count, length)) for group in await ref]
     return sorted(groups, key=lambda group: group.id)
 
 
@@ -93,9 +93,11 @@ async def publish(pool: RolloutPool, policy: PolicyLearner, version: int) -> Agr
     return await pool.confirm({})
 
 
-async def sampled_while(pool: RolloutPool, policies: Sequence[PolicyLearner]) -> tuple[list[Group], int]:
+async def sampled_while(
+    pool: RolloutPool, policies: Sequence[PolicyLearner], count: int = 4, length: int = 20
+) -> tuple[list[Group], int]:
     """Groups, and the last version of weights that came meanwhile: the policies' in turn."""
-    sampling, version = asyncio.create_task(sampled(pool)), 0
+    sampling, version = asyncio.create_task(sampled(pool, count, length)), 0
     while not sampling.done():
         version += 1
         agreement = await publish(pool, policies[version % len(policies)], version)
@@ -247,7 +249,8 @@ def test_kept_caches_are_for_running_requests_alone(
             assert before.token_ids.tolist() == after.token_ids.tolist()
             assert before.sampled.tobytes() == after.sampled.tobytes()
         run(publish(pool, policies[0], 0))
-        mixed, _ = run(sampled_while(pool, policies))
+        # Half of them wait for a place while others' prompts fill blocks of 32 tokens.
+        mixed, _ = run(sampled_while(pool, policies, count=8, length=40))
         first = [(distance(g, s, policies), versions_of(s) == s.policy_versions[0]) for g, s in samples_of(mixed)]
         assert max(far[own].max() for far, own in first) < 1e-4, "before new weights come all is as ever"
         assert max(far[~own].max() for far, own in first if not own.all()) > 0.01, "after them keys are of older ones"
@@ -260,17 +263,25 @@ def test_kept_caches_are_for_running_requests_alone(
 def test_an_engine_that_dies_while_weights_come_loses_nothing(
     pool: RolloutPool, policies: list[PolicyLearner], when: str
 ) -> None:
+    index = int(when == "unproved")  # one that was not replaced yet, in another event loop
+
     async def steps() -> list[Group]:
         sampling = asyncio.create_task(sampled(pool))
-        await asyncio.sleep(0.2)
-        worker = pool.workers[when == "unproved"]  # one that was not replaced yet, in another event loop
+        worker = pool.workers[index]
         pid = await worker.pid.remote()
+        while not await worker.unfinished.remote():
+            await asyncio.sleep(0.01)
         await worker.prepare.remote()
-        if when == "unproved":
-            await worker.take.remote(WeightBundle.pack(1, policies[0].named_weights()))
+        assert await worker.unfinished.remote() == 2, "nothing was being sampled when the weights came"
+        if when == "unproved":  # and wrong, which only the pool can see: none of their tokens may be handed over
+            await worker.take.remote(WeightBundle.pack(1, policies[1].named_weights()))
             await worker.confirm.remote(CANARY)
+            while await worker.unfinished.remote():
+                await asyncio.sleep(0.01)
+        assert not sampling.done()
         os.kill(pid, signal.SIGKILL)
         await publish(pool, policies[0], 1)
+        assert pool.health[index].restarts == 1
         return await sampling
 
     async def published_first() -> list[Group]:

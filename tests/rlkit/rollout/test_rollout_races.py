@@ -138,14 +138,15 @@ def test_a_frozen_model_waits_for_no_weights(make_pool: MakePool) -> None:
     run(check())
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("point", ["load-2", "canary"])
 def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_weights(
-    point: str, make_pool: MakePool, script: Script
+    point: str, max_staleness: int, make_pool: MakePool, script: Script
 ) -> None:
     """`canary`: after it has received them, before it confirms."""
 
     async def check() -> None:
-        pool = await started(make_pool(workers=2))
+        pool = await started(make_pool(workers=2, max_staleness=max_staleness))
         script.die_at(point)  # one of the two
         await publish(pool, 2)
         assert sorted(health.restarts for health in pool.health) == [0, 1]
@@ -257,14 +258,15 @@ DOUBTS = {
 }
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize("how", DOUBTS)
 def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
-    how: str, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
+    how: str, max_staleness: int, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also by groups that wait for the new weights."""
+    """Also by groups that wait for the new weights, or that it went on with before the pool had judged them."""
 
     async def check() -> None:
-        pool = await started(make_pool(workers=2))
+        pool = await started(make_pool(workers=2, max_staleness=max_staleness))
         script.spoil(2, how)  # for one of the two
         script.hold_at("canary")
         publishing = asyncio.create_task(publish(pool, 2))

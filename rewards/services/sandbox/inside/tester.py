@@ -33,7 +33,7 @@ class Conversation:
             send(self._requests, request)
             return self.answer(may_end=request[0] == "next")
         except ConversationEnded as error:
-            raise SolutionError(f"the solution's process is gone: {error}") from None
+            raise SolutionError(f"the solution's process has ended: {error}") from None
 
     def answer(self, may_end: bool = False) -> Any:
         kind, *parts = receive(self._replies)

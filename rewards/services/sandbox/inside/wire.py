@@ -108,7 +108,7 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
 def _check_hashes(items: list[Any]) -> list[Any]:
     """Raise ValueError if many items share a hash (as multiples of 2**61 - 1 do): a set takes quadratic time then."""
     if len(items) > MOST_OF_ONE_HASH and max(Counter(map(hash, items)).values()) > MOST_OF_ONE_HASH:
-        raise ValueError("too many items of one hash")
+        raise ValueError("too many items with the same hash")
     return items
 
 

@@ -57,7 +57,7 @@ def test_what_the_policy_says_wrong_it_reads(openenv_servers: dict[str, str]) ->
     ]
     _, (none, cut, good, wrong) = play(openenv_servers["pair"], *answers, observation_field="text")
     assert none.observation == "error: say a JSON object with piece, steps"
-    assert str(cut.observation).startswith("error: this is no JSON")
+    assert str(cut.observation).startswith("error: this is not JSON")
     assert (good.observation, good.reward) == ("king 2", 0.5)
     assert str(wrong.observation).startswith("error: steps: Input should be a valid integer")
 
