@@ -82,7 +82,7 @@ class RegexMatch(TextRule):
         @model_validator(mode="after")
         def _one_source(self) -> RegexMatch.Config:
             if (self.pattern is None) == (self.pattern_column is None):
-                raise ValueError("set either reward.pattern or reward.pattern_column")
+                raise ValueError("set one of reward.pattern and reward.pattern_column")
             return self
 
     @classmethod

@@ -225,7 +225,7 @@ def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str
             option = nearest(option, options) or ""
         name = option.rpartition(".")[2] if name is None else str(name)
         if option and NAME.fullmatch(name) is None:
-            messages.append(f"{name!r} cannot name a part: only letters, digits and _, starting with a letter")
+            messages.append(f"{name!r} cannot be a part's name: use only letters, digits and _, starting with a letter")
         elif name in parts:
             messages.append(f"{name} is listed twice; give each a name: reward='[{{a:{option}}},{{b:{option}}}]'")
         elif option:

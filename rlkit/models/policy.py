@@ -85,7 +85,7 @@ def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
     lost = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if lost:
         raise ModelLoadError(
-            f"model {path} lacks {', '.join(lost[:5])}: they would start at random; name a folder with all weights"
+            f"model {path} lacks {', '.join(lost[:5])}: they would be random; name a folder with all weights"
         )
 
 

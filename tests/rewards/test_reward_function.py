@@ -56,7 +56,7 @@ def test_columns_by_name() -> None:
     lacking = make_group("b", ["x"])
     assert values(instance, right, lacking)[:2] == [1.0, 0.0]
     (reason,) = values(instance, lacking)
-    assert str(reason).startswith("no_column: reward_functions.equals_solution wants solution")
+    assert str(reason).startswith("no_column: reward_functions.equals_solution needs solution")
 
 
 def test_token_ids_and_answers() -> None:

@@ -166,7 +166,7 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
         (["reward=[]"], "reward=[]: needs at least one part, like reward=[rule,polar]"),
         (["reward=[rule,rule]"], "rule is listed twice; give each a name: reward='[{a:rule},{b:rule}]'"),
         (["reward=[{a:rule,b:polar}]"], "must be one name with its option"),
-        (["reward=[{a-b:rule}]"], "'a-b' cannot name a part"),
+        (["reward=[{a-b:rule}]"], "'a-b' cannot be a part"),
         (["reward=[3]"], "3 is not an option"),
         (["reward=combined"], "reward.parts: needs at least one part; write reward=[rule,polar]"),
         (["reward=[rule]", "reward.parts.rule.format_wight=1"], "did you mean reward.parts.rule.format_weight?"),
@@ -309,5 +309,5 @@ def test_rewards_that_look_at_tokens_have_no_reference_responses(part: str, tmp_
 
 @pytest.mark.parametrize("name", ["unshaped", "ensemble_std"])
 def test_a_part_cannot_have_a_name_of_the_combinations_own(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{name}.* cannot name a part"):
+    with pytest.raises(ConfigError, match=f"{name}.* cannot be a part"):
         load_config(["reward=[{" + name + ":rule}]", f"run_dir={tmp_path / 'run'}"])

@@ -226,7 +226,7 @@ def test_raw_scores_are_no_labels(update: str, refused: bool) -> None:
     polar = {"_target_": "rewards.polar.reward.PolarReward", "backend": "http_vllm", "urls": ["http://127.0.0.1:9"]}
     config = ImplicitPRM.Config(update=update, outcome=polar)  # type: ignore[arg-type]
     assert ImplicitPRM.traits(config).raw_scores, "the values are those of the outcome"
-    assert any("raw model scores are no labels" in message for message in ImplicitPRM.check(config)) is refused
+    assert any("gives raw model scores" in message for message in ImplicitPRM.check(config)) is refused
     shaped = {
         "_target_": "rewards.combined.reward.CombinedReward",
         "parts": {"polar": polar},

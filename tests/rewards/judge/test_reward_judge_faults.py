@@ -159,7 +159,7 @@ def test_calls_beyond_the_budget_are_not_made(server: JudgeServer) -> None:
     found = score(reward, *(f"{RIGHT} {i}" for i in range(6)))
     assert [sample.valid for sample in found].count(True) == 3 == len(server.asked)
     reasons = {sample.reason for sample in found if not sample.valid}
-    assert reasons == {"budget: all 4 calls are made (reward.max_calls)"}
+    assert reasons == {"budget: all 4 calls have been made (reward.max_calls)"}
     assert score(reward, f"{RIGHT} again")[0].reason.startswith("budget: ") and len(server.asked) == 3
 
 
@@ -178,7 +178,7 @@ def test_tokens_are_counted(server: JudgeServer) -> None:
 
 def test_a_token_budget_needs_a_server_that_counts(server: JudgeServer) -> None:
     server.judge = lambda asked: Reply(honest(asked).content, usage=False)
-    with pytest.raises(JudgeError, match=r"does not tell its usage; limit reward.max_calls instead"):
+    with pytest.raises(JudgeError, match=r"does not report its usage; limit reward.max_calls instead"):
         started(server, max_tokens=1000)
 
 

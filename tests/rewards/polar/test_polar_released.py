@@ -203,9 +203,9 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, capsys: Any, lost: 
     assert convert_polar.main([str(target), str(back), f"like={source}"]) == 1
     assert f"the weights lack {exported}: " in capsys.readouterr().err
     assert not list(back.iterdir())
-    with pytest.raises(DiscriminatorError, match=f"lacks {exported}: they would start at random"):
+    with pytest.raises(DiscriminatorError, match=f"lacks {exported}: they would be random"):
         plain_scores(target, "cpu", "float32", [[1, 5, 9]])
-    with pytest.raises(ModelLoadError, match=f"lacks {exported}: they would start at random"):
+    with pytest.raises(ModelLoadError, match=f"lacks {exported}: they would be random"):
         load_scorer(target, torch.float32)
 
 

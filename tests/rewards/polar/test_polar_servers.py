@@ -169,7 +169,7 @@ def test_a_refused_input_makes_an_invalid_score(folder: Path, server: FakeServer
 @pytest.mark.parametrize("answer", ["<html>", {"data": []}, [], [{"embedding": ["x"]}] * 5])
 def test_an_answer_in_another_format_is_an_error(lengths: FakeServer, answer: Any) -> None:
     lengths.always = status(200, answer)
-    with pytest.raises(ServerError, match="is this the kind of server that backend names"):
+    with pytest.raises(ServerError, match=r"is this the kind of server that reward\.backend names"):
         backend(lengths).score(TREES)
 
 
@@ -289,7 +289,7 @@ def test_a_key_that_is_not_there_is_found_before_the_start(folder: Path, monkeyp
         ({"backend": "http_vllm"}, "needs urls"),
         ({"urls": ("http://h",)}, "urls has no effect with backend=transformers"),
         ({"backend": "vllm", "compare_at_start": False}, "compare_at_start has no effect with backend=vllm"),
-        ({"backend": "http_sglang", "urls": ("h:30000",)}, "'h:30000' is no address"),
+        ({"backend": "http_sglang", "urls": ("h:30000",)}, "'h:30000' is not an address"),
         ({"backend": "http_sglang", "urls": ("http://h",), "memory_gib": 2}, "memory_gib has no effect"),
         ({"backend": "http_sglang", "urls": ("http://h",), "timeout_seconds": 20}, "no time for a second try"),
     ],

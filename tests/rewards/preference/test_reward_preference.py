@@ -156,7 +156,10 @@ def test_half_precision_keeps_the_head_in_fp32(folder: Path) -> None:
 def test_too_long_is_invalid_and_says_so(folder: Path) -> None:
     reward = started(folder)
     (scores,) = reward.score([make_group("g", ["x" * 500, "#### 42"])])
-    assert scores.samples[0].reason.startswith("too_long: ") and "takes 400" in scores.samples[0].reason
+    assert (
+        scores.samples[0].reason.startswith("too_long: ")
+        and "more than the preference model's 400" in scores.samples[0].reason
+    )
     assert scores.samples[1].value == pytest.approx(values(reward, ["#### 42"])[0])
     message = "reward.max_length=500 is more than"
     assert message in PreferenceReward.check(PreferenceReward.Config(model_path=str(folder), max_length=500))[0]
@@ -210,7 +213,7 @@ def test_a_head_that_was_never_trained_is_refused(folder: Path, tmp_path: Path) 
     weights = load_file(folder / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ClassifierError, match=r"lacks score\.weight: they would start at random"):
+    with pytest.raises(ClassifierError, match=r"lacks score\.weight: they would be random"):
         started(tmp_path / "headless")
 
 

@@ -245,7 +245,7 @@ def test_what_is_wrong_is_found_before_the_run(rule: Server, tmp_path: Path, mon
     url = f"reward.url={rule.url}"
     assert "reward.url: needs a value" in problems(tmp_path)
     assert "must be http://HOST:PORT" in problems(tmp_path, "reward.url=localhost:8000")
-    assert "a secret belongs into the variable" in problems(tmp_path, "reward.url=http://me:secret@localhost:1")
+    assert "put the secret in the variable" in problems(tmp_path, "reward.url=http://me:secret@localhost:1")
     assert "no reward server answers there" in problems(tmp_path, "reward.url=http://127.0.0.1:9")
     assert "needs a token" in problems(tmp_path, url)
     monkeypatch.setenv("ANOTHER", "wrong")

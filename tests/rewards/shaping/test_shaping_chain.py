@@ -256,7 +256,7 @@ def test_two_parts_that_learn_are_told_apart_and_must_agree() -> None:
     reward = combined({"a": learner, "b": learner})
     assert reward.update(scored(reward, group("2"))) == {"a/learner/bias": 2.0, "b/learner/bias": 2.0}
     config = CombinedReward.Config(parts={"a": learner, "b": {**learner, "moment": "before"}})
-    assert any("at one moment of a step" in message for message in CombinedReward.check(config))
+    assert any("at the same point of a step" in message for message in CombinedReward.check(config))
 
 
 def test_a_part_that_learns_after_keeps_its_scores_while_statistics_are_counted_before() -> None:

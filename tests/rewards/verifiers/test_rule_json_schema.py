@@ -106,7 +106,7 @@ def test_one_schema_for_all(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="no effect"):
         JsonSchema.Config(schema_file=path, schema_column="s")
     path.write_text("{")
-    assert "is not JSON" in JsonSchema.check(config)[0]
+    assert "bad_schema: not JSON" in JsonSchema.check(config)[0]
     path.write_text('{"type": "strin"}')
     assert "not a JSON schema" in JsonSchema.check(config)[0]
     path.unlink()

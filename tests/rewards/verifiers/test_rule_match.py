@@ -108,7 +108,7 @@ def test_patterns_from_a_column() -> None:
 
 def test_options_that_contradict_each_other_or_do_not_compile_are_refused() -> None:
     for options in ({}, {"pattern": "a", "pattern_column": "b"}):
-        with pytest.raises(ValidationError, match="one of them"):
+        with pytest.raises(ValidationError, match="set one of"):
             RegexMatch.Config(**options)
     assert "does not" not in str(RegexMatch.check(RegexMatch.Config(pattern="a{answer}")))
     (message,) = RegexMatch.check(RegexMatch.Config(pattern="(a"))
