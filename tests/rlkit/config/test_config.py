@@ -310,4 +310,5 @@ def test_a_file_from_before_there_was_a_verifier_gets_the_default(load: Load, tm
 
 
 def test_messages_about_the_verifier_name_its_keys(problems: Problems) -> None:
-    assert any("set verifier.pattern or verifier.pattern_column" in line for line in problems("verifier=regex_match"))
+    asked = "set one of verifier.pattern and verifier.pattern_column"
+    assert any(asked in line for line in problems("verifier=regex_match"))
